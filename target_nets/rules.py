@@ -1,0 +1,397 @@
+"""The rules: pure functions from the online and the slow tensors to the new slow tensors.
+
+They take the names and arguments of the page "Apply Updates" of optax's reference, so that
+`import target_nets as optax` in front of those three calls leaves a program right, or refuses it by
+name. What differs is written in each docstring: dtypes are kept, shapes and structures must match
+exactly, and no result shares memory with the online tensors.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import KeyPath, PyTreeDef, keystr, tree_flatten_with_path
+from jax.typing import ArrayLike
+
+Tree = TypeVar("Tree")
+Names: TypeAlias = tuple[str, str]  # what the caller calls the new and the old tree
+
+INT32_MAX = 2**31 - 1
+_BOOL, _INTEGER, _FLOAT, _COMPLEX, _KEY = range(5)  # kinds of leaves, narrow to wide
+
+
+def apply_updates(params: Tree, updates: Any) -> Tree:
+    """Adds updates to parameters, such as those of an optax gradient transformation.
+
+    Sums of 8- and 16-bit floats are computed in float32 and rounded once.
+
+    Args:
+      params: A tree of arrays of any shapes and dtypes. Where it holds None, so does the result.
+      updates: A tree of the structure and shapes of `params`, with no leaf of a wider kind (bool < int
+        < float < complex).
+
+    Returns:
+      `params + updates`, with the structure, shapes and dtypes of `params`.
+
+    Raises:
+      ValueError: A structure or shape differs.
+      TypeError: A leaf is no number, or of a wider kind than its parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import target_nets
+      >>> target_nets.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
+      {'w': Array([1.5, 1.5], dtype=float32)}
+    """
+    names = ("updates", "params")
+    return named(_add_trees, _prune(updates, params), params, names=names)
+
+
+def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLike) -> Tree:
+    """Moves a slow copy towards new tensors: Polyak averaging, an exponential moving average.
+
+    The average is `old + step_size*(new - old)`, mirrored above one half. Unlike the textbook's
+    `step_size*new + (1 - step_size)*old` it has a constant online value as its exact fixed point;
+    that form is used only where `new - old` is not finite. 8- and 16-bit floats are averaged in
+    float32 and rounded once; at step size 1 the result is exactly new, at 0 exactly old, even next
+    to inf or nan.
+
+    Args:
+      new_tensors: The online tensors, a tree of arrays. Where it holds None, so does the result.
+      old_tensors: The slow copy, a tree of the same structure and shapes. Its inexact leaves are
+        averaged; integers, booleans and PRNG keys (`jax.random.key`) take the new value.
+      step_size: A real scalar in [0, 1]; it never promotes the result. A traced or device one that
+        lies outside is clipped, and nan counts as 0.
+
+    Returns:
+      The averages, with the structure, shapes and dtypes of `old_tensors`, in buffers of their own.
+
+    Raises:
+      ValueError: A structure or shape differs, or a Python or NumPy step size is not in [0, 1].
+      TypeError: A leaf is no number or of a wider kind than the old one (bool < int < float <
+        complex), or the step size is not real.
+
+    References:
+      Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import target_nets
+      >>> online, slow = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.zeros(2)}
+      >>> target_nets.incremental_update(online, slow, step_size=0.25)
+      {'w': Array([0.25, 0.5 ], dtype=float32)}
+    """
+    step_size = check_step_size(step_size)
+    names = ("new_tensors", "old_tensors")
+    return named(_average_trees, new_tensors, _prune(old_tensors, new_tensors), step_size, names=names)
+
+
+def periodic_update(
+    new_tensors: Tree, old_tensors: Tree, steps: ArrayLike, update_period: ArrayLike
+) -> Tree:
+    """Takes the new tensors every `update_period` steps, and keeps the old ones between.
+
+    With plain Python or NumPy integers the choice is made in Python: off its period the call returns
+    `old_tensors` itself and starts nothing on the device. With a `jax.Array`, traced or not, it is one
+    `lax.cond`.
+
+    Args:
+      new_tensors: The online tensors, a tree of arrays.
+      old_tensors: The slow copy, a tree of the same structure and shapes.
+      steps: How many updates the online network has had, an integer scalar.
+      update_period: Every how many steps to copy, an integer scalar from 1 to 2**31-1. A traced or
+        device one below 1 counts as 1.
+
+    Returns:
+      Where `steps % update_period == 0` copies of `new_tensors` in the dtypes of `old_tensors`, else
+      `old_tensors`.
+
+    Raises:
+      ValueError: A structure or shape differs, or a Python or NumPy period is out of range.
+      TypeError: A leaf is no number or of a wider kind than the old one, or steps or period are not
+        integers.
+
+    References:
+      Mnih et al., "Human-level control through deep reinforcement learning", 2015.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import target_nets
+      >>> online, slow = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+      >>> target_nets.periodic_update(online, slow, steps=199, update_period=100) is slow
+      True
+      >>> target_nets.periodic_update(online, slow, steps=200, update_period=100)
+      {'w': Array([1., 1.], dtype=float32)}
+    """
+    steps = _check_integer("steps", steps)
+    update_period = check_update_period(update_period)
+    names = ("new_tensors", "old_tensors")
+    if isinstance(steps, int) and isinstance(update_period, int):
+        if steps % update_period == 0:
+            return named(_copy_trees, new_tensors, old_tensors, names=names)
+        match(new_tensors, old_tensors, names)
+        return old_tensors
+    return named(_choose_trees, new_tensors, old_tensors, steps, update_period, names=names)
+
+
+# The arithmetic, leaf by leaf
+
+
+def average(new: jax.Array, old: jax.Array, step_size: ArrayLike) -> jax.Array:
+    """The average of one leaf, in the dtype of `old`; see `incremental_update`."""
+    if not jnp.issubdtype(old.dtype, jnp.inexact):
+        return copy(new, old)
+    if jnp.issubdtype(old.dtype, jnp.complexfloating):
+        parts = ((jnp.real(new), jnp.real(old)), (jnp.imag(new), jnp.imag(old)))
+        return lax.complex(*(average(x, y, step_size) for x, y in parts))
+    dtype = _arithmetic(new, old)
+    s = jnp.asarray(step_size).astype(dtype)
+    s = jnp.where(s > 0, jnp.minimum(s, 1), 0)  # a traced step size cannot raise; nan counts as 0
+    low = s <= 0.5
+    weight = jnp.where(low, s, 1 - s)  # 1 - s is exact above one half
+    new, slow = new.astype(dtype), old.astype(dtype)
+    near, far = jnp.where(low, slow, new), jnp.where(low, new, slow)
+    # base - w*(base - far), signs placed so that even the zero of a constant keeps its sign.
+    gap = near - far
+    moved = near + -weight * gap
+    convex = (1 - weight) * near + weight * far
+    moved = jnp.where(jnp.isfinite(gap), moved, convex)
+    return jnp.where(weight == 0, near, moved).astype(old.dtype)
+
+
+def copy(new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new value in the dtype of `old`; a copy, since jit hands unchanged inputs through."""
+    return jnp.copy(new) if new.dtype == old.dtype else lax.convert_element_type(new, old.dtype)
+
+
+def gap(new: jax.Array, old: jax.Array) -> jax.Array:
+    """The difference of one leaf, in at least float32."""
+    dtype = _arithmetic(new, old)
+    return new.astype(dtype) - old.astype(dtype)
+
+
+def add(update: jax.Array, param: jax.Array) -> jax.Array:
+    """The sum of one leaf, in the dtype of `param`; see `apply_updates`."""
+    dtype = _arithmetic(update, param)
+    return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+
+
+def widened(dtype: Any) -> Any:
+    """The dtype for arithmetic on `dtype`: float32 for floats below 32 bits, else itself."""
+    small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if small else dtype
+
+
+def _arithmetic(new: jax.Array, old: jax.Array) -> Any:
+    return jnp.promote_types(widened(new.dtype), widened(old.dtype))
+
+
+# The same over trees: one compiled call each
+
+
+@partial(jax.jit, inline=True)
+def _average_trees(new: Tree, old: Tree, step_size: ArrayLike) -> Tree:
+    pairs, treedef = match(new, old, ("new_tensors", "old_tensors"))
+    return treedef.unflatten([average(x, y, step_size) for x, y in pairs])
+
+
+@partial(jax.jit, inline=True)
+def _copy_trees(new: Tree, old: Tree) -> Tree:
+    pairs, treedef = match(new, old, ("new_tensors", "old_tensors"))
+    return treedef.unflatten([copy(x, y) for x, y in pairs])
+
+
+@partial(jax.jit, inline=True)
+def _choose_trees(new: Tree, old: Tree, steps: jax.Array, update_period: jax.Array) -> Tree:
+    due = steps % jnp.maximum(update_period, 1) == 0
+    return lax.cond(due, _copy_trees, lambda _, slow: slow, new, old)
+
+
+@partial(jax.jit, inline=True)
+def _add_trees(updates: Any, params: Tree) -> Tree:
+    pairs, treedef = match(updates, params, ("updates", "params"))
+    for index, (_, param) in enumerate(pairs):
+        if is_key(param):
+            raise TypeError(f"updates{_path(updates, index)}: a PRNG key takes no update")
+    return treedef.unflatten([add(u, p) for u, p in pairs])
+
+
+def named(rule: Callable[..., Any], new: Any, old: Any, *args: Any, names: Names, **static: Any) -> Any:
+    """Calls a compiled rule; where jit refuses an argument, says which leaf it was."""
+    with suppress(TypeError):
+        return rule(new, old, *args, **static)
+    match(new, old, names)
+    return rule(new, old, *args, **static)
+
+
+def _prune(tree: Any, reference: Any) -> Any:
+    """The tree, with None wherever the reference holds None, as in optax."""
+    if jax.tree.structure(tree) == jax.tree.structure(reference):
+        return tree
+    is_none = partial(operator.is_, None)
+    with suppress(ValueError):  # another difference: the rule names it
+        return jax.tree.map(lambda r, t: None if r is None else t, reference, tree, is_leaf=is_none)
+    return tree
+
+
+# What may be averaged with what
+
+
+def match(new: Any, old: Any, names: Names) -> tuple[list[tuple[Any, Any]], PyTreeDef]:
+    """Pairs the leaves of two trees, or says where they do not fit.
+
+    Under jit this runs while tracing and costs nothing afterwards.
+    """
+    new_leaves, treedef = jax.tree.flatten(new)
+    old_leaves, old_treedef = jax.tree.flatten(old)
+    if treedef != old_treedef:
+        differences = list(_differences(new, old, ()))
+        # A None may be meant (see `_prune`), so whatever else differs is told first.
+        path, got, expected = min(differences, key=lambda found: found[1] == "None")
+        raise ValueError(_mismatch(names, keystr(path), got, expected))
+    pairs = list(zip(new_leaves, old_leaves, strict=True))
+    for index, (x, y) in enumerate(pairs):
+        error = _leaf_error(x, y)
+        if error is not None:
+            raise error(_mismatch(names, _path(new, index), describe(x), describe(y)))
+    return pairs, treedef
+
+
+def _leaf_error(new: Any, old: Any) -> type[Exception] | None:
+    new, old = _array_type(new), _array_type(old)
+    if new is None or old is None:
+        return TypeError
+    kinds = kind(new.dtype), kind(old.dtype)
+    if None in kinds or (_KEY in kinds and new.dtype != old.dtype) or kinds[0] > kinds[1]:
+        return TypeError
+    return ValueError if new.shape != old.shape else None
+
+
+def array_types(tree: Any, name: str) -> list[Any]:
+    """The shapes and dtypes of a tree's leaves, or says which one is no array."""
+    avals = [_array_type(x) for x in jax.tree.leaves(tree)]
+    for index, aval in enumerate(avals):
+        if aval is None or kind(aval.dtype) is None:
+            leaf = jax.tree.leaves(tree)[index]
+            raise TypeError(f"{name}{_path(tree, index)}: expected an array, got {describe(leaf)}")
+    return avals
+
+
+def _array_type(x: Any) -> Any:
+    """Shape and dtype of a leaf that jax computes with, else None."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    try:
+        return jax.typeof(x)
+    except TypeError:
+        return None
+
+
+def kind(dtype: Any) -> int | None:
+    """How wide a kind of number is: bool < int < float < complex; keys stand apart."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating, jax.dtypes.prng_key)
+    return next((i for i, k in enumerate(kinds) if jnp.issubdtype(dtype, k)), None)
+
+
+def _differences(new: Any, old: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str, str]]:
+    """Where two trees part: key path, what `new` has there, what `old` has."""
+    if is_leaf(new) and is_leaf(old):
+        return
+    new_children, new_node = _children(new)
+    old_children, old_node = _children(old)
+    if type(new) is not type(old):
+        yield path, describe(new), describe(old)
+    elif new_children.keys() != old_children.keys():
+        for key in [key for key in old_children if key not in new_children]:
+            yield (*path, *key), "nothing", describe(old_children[key])
+        for key in [key for key in new_children if key not in old_children]:
+            yield (*path, *key), describe(new_children[key]), "nothing"
+    elif new_node != old_node:
+        yield path, f"{describe(new)} with other static data", describe(old)
+    else:
+        for key in old_children:
+            yield from _differences(new_children[key], old_children[key], (*path, *key))
+
+
+def _children(tree: Any) -> tuple[dict[KeyPath, Any], PyTreeDef]:
+    """One level of a tree: its children by key, and the node itself."""
+
+    def is_child(x: Any) -> bool:
+        return x is not tree
+
+    children = dict(tree_flatten_with_path(tree, is_leaf=is_child)[0])
+    return children, jax.tree.structure(tree, is_leaf=is_child)
+
+
+def named_children(tree: Any) -> dict[str, Any]:
+    """One level of a tree, named by key path."""
+    return {keystr(key, simple=True): child for key, child in _children(tree)[0].items()}
+
+
+def is_key(x: Any) -> bool:
+    """Whether a leaf is a typed PRNG key."""
+    return kind(x.dtype) == _KEY
+
+
+def is_leaf(x: Any) -> bool:
+    return jax.tree_util.all_leaves([x])
+
+
+def _mismatch(names: Names, path: str, got: str, expected: str) -> str:
+    return f"{names[0]}{path}: expected {expected} as in {names[1]}, got {got}"
+
+
+def _path(tree: Any, index: int) -> str:
+    return keystr(tree_flatten_with_path(tree)[0][index][0])
+
+
+def describe(x: Any) -> str:
+    aval = _array_type(x)
+    if aval is None:
+        return "None" if x is None else type(x).__name__
+    return f"{aval.dtype}{list(aval.shape)}"
+
+
+def check_step_size(step_size: Any) -> Any:
+    """Returns a step size that may be used: a scalar, and where it is known now, within [0, 1]."""
+    real_scalar("step_size", step_size)
+    if not isinstance(step_size, jax.Array) and not 0 <= float(step_size) <= 1:
+        raise ValueError(f"step_size: expected a number in [0, 1], got {step_size}")
+    return step_size
+
+
+def real_scalar(name: str, x: Any) -> Any:
+    """Returns a scalar that is a real number."""
+    aval = _array_type(x)
+    if aval is None or kind(aval.dtype) not in (_INTEGER, _FLOAT):
+        raise TypeError(f"{name}: expected a real scalar, got {describe(x)}")
+    if aval.shape:
+        raise ValueError(f"{name}: expected a scalar, got shape {list(aval.shape)}")
+    return x
+
+
+def check_update_period(update_period: Any) -> Any:
+    """Returns an update period that may be used: an integer, and if it is known now, in range."""
+    update_period = _check_integer("update_period", update_period)
+    if isinstance(update_period, int) and not 1 <= update_period <= INT32_MAX:
+        raise ValueError(f"update_period: expected 1 to 2**31-1, got {update_period}")
+    return update_period
+
+
+def _check_integer(name: str, x: Any) -> Any:
+    """A plain integer as an int, a device one with at least 32 bits."""
+    if isinstance(x, int) and not isinstance(x, bool):  # of any size
+        return x
+    aval = _array_type(x)
+    if aval is None or kind(aval.dtype) != _INTEGER:
+        raise TypeError(f"{name}: expected an integer, got {describe(x)}")
+    if aval.shape:
+        raise ValueError(f"{name}: expected a scalar, got shape {list(aval.shape)}")
+    if not isinstance(x, jax.Array):
+        return operator.index(x)
+    return x.astype(jnp.int32) if aval.dtype.itemsize < 4 else x

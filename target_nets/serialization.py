@@ -1,0 +1,126 @@
+"""Checkpoints: how `flax.serialization` saves and restores a target.
+
+Importing the package registers both classes, so that `to_state_dict`, `from_state_dict`, `to_bytes` and
+`from_bytes` of flax take a target, alone or anywhere inside a state such as a `TrainState`.
+
+The state is `{"step": int, "params": nested dict}`: what changes while training. `params` is the slow copy
+in the dtype that it is held in, PRNG keys as their data. Settings are code: they come from the target
+that is restored into, which also gives class, dtypes and shardings.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from flax import serialization
+  >>> from target_nets import EMATarget
+  >>> target = EMATarget({"w": jnp.zeros(2)}, step_size=0.5).update({"w": jnp.ones(2)})
+  >>> saved = serialization.to_bytes(target)
+  >>> fresh = EMATarget({"w": jnp.zeros(2)}, step_size=0.5)
+  >>> serialization.from_bytes(fresh, saved)
+  EMATarget(step=1, step_size=0.5, update_period=1, arrays=1, parameters=2, bytes=8)
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx, serialization
+
+from target_nets import rules
+from target_nets.targets import EMATarget, PeriodicTarget
+
+Target = TypeVar("Target", EMATarget[Any], PeriodicTarget[Any])
+
+
+def _to_state_dict(target: Target) -> dict[str, Any]:
+    state = target._state
+    leaves, treedef = jax.tree.flatten(state.params)
+    data = [jax.random.key_data(x) if rules.is_key(x) else x for x in leaves]
+    counted = isinstance(state.step, jax.core.Tracer) or np.ndim(state.step)  # a whole population
+    step = state.step if counted else int(state.step)
+    return {"step": step, "params": _nested(treedef.unflatten(data))}
+
+
+def _from_state_dict(target: Target, saved: Any) -> Target:
+    path = serialization.current_path()
+    state = target._state
+    _check_keys({"step": None, "params": None}, saved, path)
+    step = _restored_step(state.step, saved["step"], f"{path}/step")
+    params = _restored_tree(state.params, saved["params"], f"{path}/params")
+    return target._replaced(params=params, step=step)
+
+
+for _class in (EMATarget, PeriodicTarget):
+    serialization.register_serialization_state(_class, _to_state_dict, _from_state_dict)
+
+
+def _nested(tree: Any) -> Any:
+    """A tree as nested dicts with string keys, its leaves as they are.
+
+    Named by flax.serialization where it knows the node, by `nnx.to_pure_dict` for nnx, else by key path.
+    """
+    if tree is None or rules.is_leaf(tree):
+        return tree
+    if isinstance(tree, nnx.Variable):
+        return _nested(tree.get_value())
+    if isinstance(tree, nnx.State | nnx.Pytree):
+        tree = nnx.to_pure_dict(nnx.state(tree))
+    named = serialization.to_state_dict(tree)
+    if named is tree:
+        named = rules.named_children(tree)
+    return {key: _nested(child) for key, child in named.items()}
+
+
+def _restored_tree(template: Any, saved: Any, path: str) -> Any:
+    leaves, treedef = jax.tree.flatten(template)
+    restored: dict[int, Any] = {}
+
+    def restore(names: Any, saved: Any, path: str) -> None:
+        if isinstance(names, dict):
+            _check_keys(names, saved, path)
+            for key, name in names.items():
+                restore(name, saved[key], f"{path}/{key}")
+        elif names is not None:
+            restored[names] = _restored_leaf(leaves[names], saved, path)
+        elif saved is not None:
+            raise ValueError(f"{path}: expected None, got {rules.describe(saved)}")
+
+    # The template's own names, with the index of a leaf in its place.
+    restore(_nested(treedef.unflatten(range(len(leaves)))), saved, path)
+    return treedef.unflatten([restored[index] for index in range(len(leaves))])
+
+
+def _restored_leaf(leaf: Any, saved: Any, path: str) -> Any:
+    wanted = jax.eval_shape(jax.random.key_data, leaf) if rules.is_key(leaf) else leaf
+    got = saved if isinstance(saved, jax.Array) else np.asarray(saved)
+    fits = rules.kind(got.dtype) == rules.kind(wanted.dtype) and np.can_cast(got.dtype, wanted.dtype)
+    if got.shape != wanted.shape or not fits:
+        raise ValueError(
+            f"{path}: expected {rules.describe(wanted)} or what fits into it, got {rules.describe(saved)}"
+        )
+    restored = jax.device_put(got.astype(wanted.dtype), _placement(leaf), may_alias=False)
+    if rules.is_key(leaf):
+        return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(leaf))
+    return restored
+
+
+def _placement(leaf: Any) -> Any:
+    """Where an array was put, or None where jax chose."""
+    return leaf.sharding if getattr(leaf, "committed", False) else None
+
+
+def _restored_step(template: Any, saved: Any, path: str) -> np.ndarray:
+    step = np.asarray(saved)
+    if step.dtype.kind not in "iu" or step.shape != np.shape(template):
+        expected = f"integers of shape {list(np.shape(template))}" if np.ndim(template) else "an integer"
+        raise ValueError(f"{path}: expected {expected}, got {rules.describe(saved)}")
+    if step.size and not 0 <= step.min() <= step.max() <= rules.INT32_MAX:
+        raise ValueError(f"{path}: expected 0 to 2**31-1, got {saved}")
+    return step.astype(np.int32)
+
+
+def _check_keys(expected: dict[str, Any], saved: Any, path: str) -> None:
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: expected a dict of {list(expected)}, got {rules.describe(saved)}")
+    if missing := [key for key in expected if key not in saved]:
+        raise ValueError(f"{path}/{missing[0]}: missing; the state holds {list(saved)}")
+    if unexpected := [key for key in saved if key not in expected]:
+        raise ValueError(f"{path}/{unexpected[0]}: unexpected; the target holds {list(expected)}")

@@ -1,0 +1,507 @@
+"""The classes: a slow copy of a model's parameters and the counter of its updates, in one object.
+
+`EMATarget` averages, `PeriodicTarget` copies. Both are plain objects, updated in place, and pytrees,
+so that the same code works in eager Python and inside jax's transformations.
+
+Two traps that no check can see:
+
+- A target updated inside `jax.jit` or `nnx.jit` that is neither returned nor part of an nnx object
+  keeps its old value outside: `jit` gave the function a copy. Return it.
+- Whoever reads `target.params` inside `jit` without passing the target in compiles its value as a
+  constant, and never sees a later update. Pass the target in.
+"""
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Generic, NamedTuple, Self, TypeVar, final
+
+import attrs
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.tree_util import GetAttrKey
+from jax.typing import ArrayLike, DTypeLike
+
+from target_nets import rules
+
+try:
+    from jax.extend.core import get_opaque_trace_state as _current_trace
+except ImportError:  # before jax 0.10
+    from jax.core import get_opaque_trace_state as _current_trace
+
+P = TypeVar("P")
+Schedule = Callable[[jax.Array], ArrayLike]
+Mask = Any  # a tree prefix of booleans, or a callable of the parameters that returns one
+
+_NAMES = ("online_params", "the slow copy")
+_EAGER = _current_trace()  # a first import inside a traced function only forgoes donation
+
+
+def _period(update_period: Any) -> int:
+    period = rules.check_update_period(update_period)
+    if not isinstance(period, int):
+        raise TypeError("update_period: expected a Python integer, got a jax.Array")
+    return period
+
+
+@attrs.frozen(cache_hash=True)
+class _Settings:
+    """What is fixed when a target is made: code, not state. The static part of its pytree."""
+
+    update_period: int = attrs.field(converter=_period)
+    donate: bool = attrs.field(validator=attrs.validators.instance_of(bool))
+    averaged: bool | tuple[bool, ...]  # a leaf each, or all or none of them; the others are copied
+    step_size: float | None = None  # None: a schedule, an array in the state, or nothing to average
+    schedule: Schedule | None = None
+    dtypes: tuple[Any, ...] | None = None  # what `params` casts its leaves to; None: no cast is needed
+
+
+class _State(NamedTuple):
+    """What updates replace, as a whole: so it is always the state after one and the same update."""
+
+    params: Any
+    step: Any
+    step_size: Any = None  # only where it is an array
+
+
+@attrs.define(eq=False, init=False, repr=False)
+class _Target(Generic[P]):
+    """All that the two classes share; they differ in their settings only."""
+
+    _settings: _Settings
+    _state: _State
+    _trace: Any = attrs.field(factory=_current_trace)  # where this object may be updated
+    _matched: bool = False  # whether online parameters have been checked yet
+
+    @property
+    def params(self) -> P:
+        """The slow copy: structure, shapes and dtypes of the online parameters.
+
+        A slow copy held in other dtypes is cast on reading, in one compiled call. Otherwise these are
+        the target's own arrays: to train on from them, copy them before they are donated.
+        """
+        params, dtypes = self._state.params, self._settings.dtypes
+        if dtypes is None:
+            return jax.tree.map(lambda x: x, params)  # whoever changes a container changes their own
+        return _cast(params, dtypes=dtypes)
+
+    @property
+    def step(self) -> Any:
+        """How many updates so far: a 0-d int32 array, on the host until it has been through jit.
+
+        It stays within int32: after the largest multiple of the update period up to 2**31-1 it goes
+        back by one period.
+        """
+        return self._state.step
+
+    def update(self, online_params: P) -> Self:
+        """Counts an update and, where one is due, moves the slow copy. In place.
+
+        Args:
+          online_params: The online parameters, with the structure and shapes of `params`.
+
+        Returns:
+          The target itself, so that it composes in a scan body.
+
+        Raises:
+          ValueError: A structure or shape differs.
+          TypeError: A leaf is no number, or of a wider kind than that of the slow copy.
+          RuntimeError: The target was not passed into the jax transformation that is running.
+          Whatever is raised, the target is as it was before.
+        """
+        move, tick = self._compiled("update")
+        state, settings = self._state, self._settings
+        step_size = settings.step_size if state.step_size is None else state.step_size
+        static = {"schedule": settings.schedule, "averaged": settings.averaged}
+        period = settings.update_period
+        if np.ndim(state.step):
+            raise ValueError(
+                f"the target is a population, its step of shape {np.shape(state.step)}: "
+                "update it inside jax.vmap"
+            )
+        if isinstance(state.step, jax.Array):  # traced, or on the device after jit
+            args = (online_params, state.params, step_size, state.step)
+            params, step = rules.named(tick, *args, names=_NAMES, period=period, **static)
+        else:
+            count = _next(int(state.step), period)
+            step = _on_host(count)
+            if count % period == 0:
+                n = _on_host(count // period - 1)
+                params = rules.named(
+                    move, online_params, state.params, step_size, n, names=_NAMES, **static
+                )
+            else:
+                params = state.params
+                if not self._matched:
+                    rules.match(online_params, params, _NAMES)
+        self._state = state._replace(params=params, step=step)
+        self._matched = True
+        return self
+
+    def sync(self, online_params: P) -> Self:
+        """Copies all online parameters now, whatever the period and the mask; `step` stays. In place.
+
+        Args:
+          online_params: The online parameters, with the structure and shapes of `params`.
+
+        Returns:
+          The target itself.
+
+        Raises:
+          ValueError, TypeError, RuntimeError: As `update` does.
+        """
+        move, _ = self._compiled("sync")
+        params = rules.named(move, online_params, self._state.params, names=_NAMES, averaged=False)
+        self._state = self._state._replace(params=params)
+        self._matched = True
+        return self
+
+    def distance(self, online_params: P) -> jax.Array:
+        """How far the slow copy lags behind: the global L2 norm of online - slow.
+
+        Args:
+          online_params: The online parameters, with the structure and shapes of `params`.
+
+        Returns:
+          A scalar over all inexact leaves, float32 or wider.
+
+        Raises:
+          ValueError, TypeError: As `update` does.
+        """
+        return rules.named(_distance, online_params, self._state.params, names=_NAMES)
+
+    def _compiled(self, method: str) -> tuple[Any, Any]:
+        """The compiled functions to call here and now."""
+        if self._trace != _current_trace():
+            raise RuntimeError(
+                f"{type(self).__name__}.{method}: this target was made outside of the function that jax "
+                "is transforming here (jit, scan, vmap, cond, grad, ...), so that the result would be "
+                "lost or leak. Pass the target into that function as an argument and return it; "
+                "of a loss, take the gradient first and update the target outside."
+            )
+        return _COMPILED[self._settings.donate and self._trace == _EAGER]
+
+    def __repr__(self) -> str:
+        settings, state = self._settings, self._state
+        parts: dict[str, Any] = {"step": state.step}
+        if settings.averaged is not False:
+            parts["step_size"] = next(
+                x for x in (settings.step_size, settings.schedule, state.step_size) if x is not None
+            )
+        parts["update_period"] = settings.update_period
+        if isinstance(settings.averaged, tuple):
+            parts["averaged"] = f"{sum(settings.averaged)} of {len(settings.averaged)}"
+        if settings.donate:
+            parts["donate"] = True
+        arrays = [x for x in jax.tree.leaves(state.params) if hasattr(x, "dtype")]
+        parts["arrays"] = len(arrays)
+        parts["parameters"] = sum(x.size for x in arrays)
+        parts["bytes"] = sum(x.size * x.dtype.itemsize for x in arrays)
+        return f"{type(self).__name__}({', '.join(f'{k}={_brief(v)}' for k, v in parts.items())})"
+
+    def __copy__(self) -> Self:
+        state = jax.device_put(self._state, may_alias=False)
+        if not isinstance(self._state.step, jax.Array):
+            state = state._replace(step=self._state.step)  # stays on the host
+        return _made(type(self), self._settings, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
+
+    def _replaced(self, params: Any, step: Any) -> Self:
+        """A new target with the same settings."""
+        return _made(type(self), self._settings, self._state._replace(params=params, step=step))
+
+    def __reduce__(self) -> Any:
+        return _made, (type(self), self._settings, self._state)
+
+
+@final
+@attrs.define(eq=False, init=False, repr=False)
+class EMATarget(_Target[P]):
+    """A target whose parameters are a moving average of the online parameters (Polyak averaging).
+
+    Args:
+      params: The parameters to start from: a tree of arrays of any shapes and dtypes. They are copied;
+        where they are placed, the slow copy stays.
+      step_size: How far an update moves the slow copy towards the online parameters, in [0, 1]; that
+        is, 1 - decay. A number; a scalar array, which is a leaf of the target and may be swept with
+        `vmap`; or a schedule, a hashable callable of the number of averagings done before this one.
+        It is called with a traced int32 scalar. Arrays and what a schedule returns are clipped to
+        [0, 1], and nan counts as 0.
+      update_period: Average on every so many-th update only.
+      mask: Which leaves to average, as in `optax.masked`: a tree prefix of booleans, or a callable of
+        the parameters that returns one. The others are copied, as one may want of BatchNorm's
+        statistics. None: all.
+      accumulator_dtype: The floating dtype that averaged leaves are held in (for complex leaves, that of
+        their parts, at least float32). None: their own, but float32 for floats below 32 bits: a
+        bfloat16 average at step size 0.005 never moves.
+      donate: Whether `update` and `sync` in eager Python reuse the slow copy's memory. Then an earlier
+        `target.params` can no longer be read.
+
+    Raises:
+      TypeError, ValueError: An argument is of the wrong type or out of range.
+
+    References:
+      Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; Lillicrap et
+      al., "Continuous control with deep reinforcement learning", 2015 (target networks).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from target_nets import EMATarget
+      >>> target = EMATarget({"w": jnp.zeros(2)}, step_size=0.25)
+      >>> target.update({"w": jnp.ones(2)}).update({"w": jnp.ones(2)})
+      EMATarget(step=2, step_size=0.25, update_period=1, arrays=1, parameters=2, bytes=8)
+      >>> target.params
+      {'w': Array([0.4375, 0.4375], dtype=float32)}
+
+      As an argument and a result of a transformation:
+
+      >>> import jax
+      >>> target = jax.jit(lambda target, params: target.update(params))(target, {"w": jnp.ones(2)})
+      >>> print(target.step, target.params["w"])
+      3 [0.578125 0.578125]
+    """
+
+    def __init__(
+        self,
+        params: P,
+        step_size: ArrayLike | Schedule,
+        *,
+        update_period: int = 1,
+        mask: Mask = None,
+        accumulator_dtype: DTypeLike | None = None,
+        donate: bool = False,
+    ) -> None:
+        dtypes = _dtypes(params)
+        averaged = _resolved(mask, params)
+        held = _held(dtypes, averaged, accumulator_dtype)
+        number, schedule, array = _sorted_step_size(step_size)
+        settings = _Settings(
+            update_period=update_period,
+            donate=donate,
+            averaged=averaged,
+            step_size=number,
+            schedule=schedule,
+            dtypes=None if held == dtypes else tuple(dtypes),
+        )
+        self.__attrs_init__(settings, _State(_own(params, held), _on_host(0), array))
+
+
+@final
+@attrs.define(eq=False, init=False, repr=False)
+class PeriodicTarget(_Target[P]):
+    """A target whose parameters are a copy of the online parameters, taken every so many updates.
+
+    Args:
+      params: The parameters to start from: a tree of arrays of any shapes and dtypes. They are copied;
+        where they are placed, the slow copy stays.
+      update_period: K: the updates K, 2K, ... copy the online parameters.
+      donate: Whether `update` and `sync` in eager Python reuse the slow copy's memory. Then an earlier
+        `target.params` can no longer be read.
+
+    Raises:
+      TypeError, ValueError: An argument is of the wrong type or out of range.
+
+    References:
+      Mnih et al., "Human-level control through deep reinforcement learning", 2015.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from target_nets import PeriodicTarget
+      >>> target = PeriodicTarget({"w": jnp.zeros(2)}, update_period=2)
+      >>> for _ in range(3):
+      ...     print(target.update({"w": jnp.ones(2)}).params["w"])
+      [0. 0.]
+      [1. 1.]
+      [1. 1.]
+    """
+
+    def __init__(self, params: P, update_period: int, *, donate: bool = False) -> None:
+        settings = _Settings(update_period=update_period, donate=donate, averaged=False)
+        self.__attrs_init__(settings, _State(_own(params, _dtypes(params)), _on_host(0)))
+
+
+# One update, compiled: `_move` where it is known to be due, `_tick` where the step is on the device
+
+
+def _move(
+    online: Any,
+    slow: Any,
+    step_size: Any = None,
+    n: Any = None,
+    *,
+    schedule: Schedule | None = None,
+    averaged: bool | tuple[bool, ...],
+) -> Any:
+    pairs, treedef = rules.match(online, slow, _NAMES)
+    if schedule is not None:
+        step_size = rules.real_scalar("step_size, as the schedule returned it", schedule(n))
+    which = averaged if isinstance(averaged, tuple) else [averaged] * len(pairs)
+    moved = [
+        rules.average(new, old, step_size) if average else rules.copy(new, old)
+        for (new, old), average in zip(pairs, which, strict=True)
+    ]
+    return treedef.unflatten(moved)
+
+
+def _tick(
+    online: Any, slow: Any, step_size: Any, step: jax.Array, *, period: int, **static: Any
+) -> tuple[Any, jax.Array]:
+    step = _next(step, period)
+
+    def move(slow: Any) -> Any:
+        return _move(online, slow, step_size, step // period - 1, **static)
+
+    slow = move(slow) if period == 1 else lax.cond(step % period == 0, move, lambda slow: slow, slow)
+    return slow, step
+
+
+def _next(step: Any, period: int) -> Any:
+    """The step after this one; past int32 it goes back by a period, so that periods are kept."""
+    last = rules.INT32_MAX // period * period
+    return step + 1 - period * (step >= last)
+
+
+def _on_host(step: int) -> np.ndarray:
+    array = np.array(step, np.int32)
+    array.flags.writeable = False
+    return array
+
+
+def _compile(donate: bool) -> tuple[Any, Any]:
+    # A copy does not read the slow copy: unless it is kept as an argument, its memory is not reused.
+    jit = partial(jax.jit, donate_argnums=(1,) if donate else (), keep_unused=donate)
+    static = ("schedule", "averaged")
+    return jit(_move, static_argnames=static), jit(_tick, static_argnames=("period", *static))
+
+
+_COMPILED = {donate: _compile(donate) for donate in (False, True)}
+
+
+@partial(jax.jit, static_argnames="dtypes")
+def _cast(params: P, dtypes: tuple[Any, ...]) -> P:
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+
+
+@jax.jit
+def _distance(online: Any, slow: Any) -> jax.Array:
+    pairs, _ = rules.match(online, slow, _NAMES)
+    gaps = [rules.gap(new, old) for new, old in pairs if jnp.issubdtype(old.dtype, jnp.inexact)]
+    return jnp.sqrt(sum((jnp.vdot(gap, gap).real for gap in gaps), jnp.float32(0)))
+
+
+# What the constructors make of their arguments
+
+
+def _dtypes(params: Any) -> list[Any]:
+    """The dtypes of the parameters, as jax canonicalizes them."""
+    return [aval.dtype for aval in rules.array_types(params, "params")]
+
+
+def _resolved(mask: Mask, params: Any) -> bool | tuple[bool, ...]:
+    """Which leaves to average, a boolean each, or True for all."""
+    if mask is None:
+        return True
+    if callable(mask) and rules.is_leaf(mask):  # a Module of booleans is callable, too
+        mask = mask(params)
+
+    def spread(value: Any, branch: Any) -> Any:
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"mask: expected booleans, got {type(value).__name__}")
+        return jax.tree.map(lambda _: bool(value), branch)
+
+    try:
+        averaged = tuple(jax.tree.leaves(jax.tree.map(spread, mask, params)))
+    except ValueError as error:
+        raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
+    return all(averaged) or averaged
+
+
+def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any) -> list[Any]:
+    """The dtypes that the slow copy is held in."""
+    if accumulator is not None:
+        accumulator = jnp.dtype(accumulator)
+        if not jnp.issubdtype(accumulator, jnp.floating):
+            raise TypeError(f"accumulator_dtype: expected a floating dtype, got {accumulator}")
+        if jax.dtypes.canonicalize_dtype(accumulator) != accumulator:
+            raise ValueError(f"accumulator_dtype: {accumulator} needs jax_enable_x64")
+
+    def held(dtype: Any) -> Any:
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return dtype
+        if accumulator is None:
+            return rules.widened(dtype)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            return jnp.promote_types(rules.widened(accumulator), jnp.complex64)
+        return accumulator
+
+    which = averaged if isinstance(averaged, tuple) else [averaged] * len(dtypes)
+    return [held(dtype) if average else dtype for dtype, average in zip(dtypes, which, strict=True)]
+
+
+def _sorted_step_size(step_size: Any) -> tuple[float | None, Schedule | None, jax.Array | None]:
+    """A step size by what it is: a number, a schedule or an array."""
+    if callable(step_size):
+        if not isinstance(step_size, Hashable):
+            raise TypeError(f"step_size: a schedule must be hashable, got {step_size!r}")
+        return None, step_size, None
+    rules.check_step_size(step_size)
+    if isinstance(step_size, jax.Array | np.ndarray):
+        return None, None, jnp.array(step_size, dtype=jnp.promote_types(step_size.dtype, jnp.bfloat16))
+    return float(step_size), None, None
+
+
+def _own(params: P, dtypes: list[Any]) -> P:
+    """A copy of the parameters in memory of its own, strongly typed, where they are placed."""
+    leaves, treedef = jax.tree.flatten(params)
+    copies = [jax.device_put(x, may_alias=False) for x in leaves]
+    plain = [
+        x if x.dtype == dtype and not x.weak_type else x.astype(dtype)
+        for x, dtype in zip(copies, dtypes, strict=True)
+    ]
+    return treedef.unflatten(plain)
+
+
+def _brief(value: Any) -> str:
+    """A setting or a counter for `repr`."""
+    if isinstance(value, jax.core.Tracer):
+        return "traced"
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.item():.6g}" if value.size == 1 else f"{value.dtype}{list(value.shape)}"
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+# As pytrees and as flax data
+
+
+def _made(cls: type[_Target[P]], settings: _Settings, state: _State) -> Any:
+    target = object.__new__(cls)
+    target.__attrs_init__(settings, state)
+    return target
+
+
+def _flatten_with_keys(target: _Target[Any]) -> tuple[Any, _Settings]:
+    state = target._state
+    keyed = [(GetAttrKey("params"), state.params), (GetAttrKey("step"), state.step)]
+    if state.step_size is not None:
+        keyed.append((GetAttrKey("step_size"), state.step_size))
+    return keyed, target._settings
+
+
+def _flatten(target: _Target[Any]) -> tuple[Any, _Settings]:
+    keyed, settings = _flatten_with_keys(target)
+    return [child for _, child in keyed], settings
+
+
+for _class in (EMATarget, PeriodicTarget):
+    jax.tree_util.register_pytree_with_keys(
+        _class,
+        _flatten_with_keys,
+        lambda settings, state, cls=_class: _made(cls, settings, _State(*state)),
+        _flatten,
+    )
+    nnx.register_data_type(_class)
