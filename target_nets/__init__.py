@@ -1,6 +1,6 @@
 """Target networks for JAX: slow copies of a model's parameters."""
 
-from target_nets import serialization as _  # registers the classes with flax.serialization
+from target_nets import serialization  # registers the classes with flax.serialization
 from target_nets.rules import apply_updates, incremental_update, periodic_update
 from target_nets.targets import EMATarget, PeriodicTarget
 
@@ -12,4 +12,5 @@ __all__ = [
     "apply_updates",
     "incremental_update",
     "periodic_update",
+    "serialization",
 ]

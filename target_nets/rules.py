@@ -15,10 +15,11 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import KeyPath, PyTreeDef, keystr, tree_flatten_with_path
+from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
 Tree = TypeVar("Tree")
+Path: TypeAlias = tuple[Any, ...]  # of jax's keys
 Names: TypeAlias = tuple[str, str]  # what the caller calls the new and the old tree
 
 INT32_MAX = 2**31 - 1
@@ -242,7 +243,7 @@ def _prune(tree: Any, reference: Any) -> Any:
 # What may be averaged with what
 
 
-def match(new: Any, old: Any, names: Names) -> tuple[list[tuple[Any, Any]], PyTreeDef]:
+def match(new: Any, old: Any, names: Names) -> tuple[list[tuple[Any, Any]], Any]:
     """Pairs the leaves of two trees, or says where they do not fit.
 
     Under jit this runs while tracing and costs nothing afterwards.
@@ -266,8 +267,10 @@ def _leaf_error(new: Any, old: Any) -> type[Exception] | None:
     new, old = _array_type(new), _array_type(old)
     if new is None or old is None:
         return TypeError
-    kinds = kind(new.dtype), kind(old.dtype)
-    if None in kinds or (_KEY in kinds and new.dtype != old.dtype) or kinds[0] > kinds[1]:
+    new_kind, old_kind = kind(new.dtype), kind(old.dtype)
+    if new_kind is None or old_kind is None or new_kind > old_kind:
+        return TypeError
+    if old_kind == _KEY and new.dtype != old.dtype:  # no number, or a key of another implementation
         return TypeError
     return ValueError if new.shape != old.shape else None
 
@@ -283,7 +286,9 @@ def array_types(tree: Any, name: str) -> list[Any]:
 
 
 def _array_type(x: Any) -> Any:
-    """Shape and dtype of a leaf that jax computes with, else None."""
+    """What tells the shape and dtype of a leaf that jax computes with, else None."""
+    if isinstance(x, jax.Array):
+        return x
     if isinstance(x, jax.ShapeDtypeStruct):
         return None
     try:
@@ -298,7 +303,7 @@ def kind(dtype: Any) -> int | None:
     return next((i for i, k in enumerate(kinds) if jnp.issubdtype(dtype, k)), None)
 
 
-def _differences(new: Any, old: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str, str]]:
+def _differences(new: Any, old: Any, path: Path) -> Iterator[tuple[Path, str, str]]:
     """Where two trees part: key path, what `new` has there, what `old` has."""
     if is_leaf(new) and is_leaf(old):
         return
@@ -318,7 +323,7 @@ def _differences(new: Any, old: Any, path: KeyPath) -> Iterator[tuple[KeyPath, s
             yield from _differences(new_children[key], old_children[key], (*path, *key))
 
 
-def _children(tree: Any) -> tuple[dict[KeyPath, Any], PyTreeDef]:
+def _children(tree: Any) -> tuple[dict[Path, Any], Any]:
     """One level of a tree: its children by key, and the node itself."""
 
     def is_child(x: Any) -> bool:
@@ -339,6 +344,7 @@ def is_key(x: Any) -> bool:
 
 
 def is_leaf(x: Any) -> bool:
+    """Whether jax takes it for a leaf: no node, and not None."""
     return jax.tree_util.all_leaves([x])
 
 
@@ -351,6 +357,7 @@ def _path(tree: Any, index: int) -> str:
 
 
 def describe(x: Any) -> str:
+    """What a leaf or a node is, for a message."""
     aval = _array_type(x)
     if aval is None:
         return "None" if x is None else type(x).__name__

@@ -3,9 +3,10 @@
 Importing the package registers both classes, so that `to_state_dict`, `from_state_dict`, `to_bytes` and
 `from_bytes` of flax take a target, alone or anywhere inside a state such as a `TrainState`.
 
-The state is `{"step": int, "params": nested dict}`: what changes while training. `params` is the slow copy
-in the dtype that it is held in, PRNG keys as their data. Settings are code: they come from the target
-that is restored into, which also gives class, dtypes and shardings.
+The state is `{"step": int, "params": nested dict}`: what changes while training. `params` is the slow
+copy in the dtype that it is held in, PRNG keys as their data; `to_state_dict(target.params)` is what
+loads into a model. Settings are code: they come from the target that is restored into, as do its class,
+dtypes and shardings.
 
 Example:
   >>> import jax.numpy as jnp
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx, serialization
+from jax.core import Tracer
 
 from target_nets import rules
 from target_nets.targets import EMATarget, PeriodicTarget
@@ -34,7 +36,7 @@ def _to_state_dict(target: Target) -> dict[str, Any]:
     state = target._state
     leaves, treedef = jax.tree.flatten(state.params)
     data = [jax.random.key_data(x) if rules.is_key(x) else x for x in leaves]
-    counted = isinstance(state.step, jax.core.Tracer) or np.ndim(state.step)  # a whole population
+    counted = isinstance(state.step, Tracer) or np.ndim(state.step)  # a whole population
     step = state.step if counted else int(state.step)
     return {"step": step, "params": _nested(treedef.unflatten(data))}
 
@@ -93,9 +95,8 @@ def _restored_leaf(leaf: Any, saved: Any, path: str) -> Any:
     got = saved if isinstance(saved, jax.Array) else np.asarray(saved)
     fits = rules.kind(got.dtype) == rules.kind(wanted.dtype) and np.can_cast(got.dtype, wanted.dtype)
     if got.shape != wanted.shape or not fits:
-        raise ValueError(
-            f"{path}: expected {rules.describe(wanted)} or what fits into it, got {rules.describe(saved)}"
-        )
+        expected = f"{rules.describe(wanted)} or what fits into it"
+        raise ValueError(f"{path}: expected {expected}, got {rules.describe(saved)}")
     restored = jax.device_put(got.astype(wanted.dtype), _placement(leaf), may_alias=False)
     if rules.is_key(leaf):
         return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(leaf))

@@ -11,9 +11,9 @@ Two traps that no check can see:
   constant, and never sees a later update. Pass the target in.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, NamedTuple, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar, final
 
 import attrs
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike, DTypeLike
 
@@ -74,6 +75,10 @@ class _Target(Generic[P]):
     _state: _State
     _trace: Any = attrs.field(factory=_current_trace)  # where this object may be updated
     _matched: bool = False  # whether online parameters have been checked yet
+
+    if TYPE_CHECKING:  # what attrs makes of the fields above
+
+        def __attrs_init__(self, settings: _Settings, state: _State) -> None: ...
 
     @property
     def params(self) -> P:
@@ -384,7 +389,9 @@ _COMPILED = {donate: _compile(donate) for donate in (False, True)}
 @partial(jax.jit, static_argnames="dtypes")
 def _cast(params: P, dtypes: tuple[Any, ...]) -> P:
     leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+    return treedef.unflatten(
+        [x if x.dtype == dtype else x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+    )
 
 
 @jax.jit
@@ -410,7 +417,7 @@ def _resolved(mask: Mask, params: Any) -> bool | tuple[bool, ...]:
         mask = mask(params)
 
     def spread(value: Any, branch: Any) -> Any:
-        if not isinstance(value, bool | np.bool_):
+        if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"mask: expected booleans, got {type(value).__name__}")
         return jax.tree.map(lambda _: bool(value), branch)
 
@@ -443,15 +450,17 @@ def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any
     return [held(dtype) if average else dtype for dtype, average in zip(dtypes, which, strict=True)]
 
 
-def _sorted_step_size(step_size: Any) -> tuple[float | None, Schedule | None, jax.Array | None]:
+def _sorted_step_size(step_size: Any) -> tuple[float | None, Any, jax.Array | None]:
     """A step size by what it is: a number, a schedule or an array."""
     if callable(step_size):
-        if not isinstance(step_size, Hashable):
-            raise TypeError(f"step_size: a schedule must be hashable, got {step_size!r}")
+        try:
+            hash(step_size)
+        except TypeError:
+            raise TypeError(f"step_size: a schedule must be hashable, got {step_size!r}") from None
         return None, step_size, None
     rules.check_step_size(step_size)
     if isinstance(step_size, jax.Array | np.ndarray):
-        return None, None, jnp.array(step_size, dtype=jnp.promote_types(step_size.dtype, jnp.bfloat16))
+        return None, None, jnp.array(step_size)
     return float(step_size), None, None
 
 
@@ -459,16 +468,14 @@ def _own(params: P, dtypes: list[Any]) -> P:
     """A copy of the parameters in memory of its own, strongly typed, where they are placed."""
     leaves, treedef = jax.tree.flatten(params)
     copies = [jax.device_put(x, may_alias=False) for x in leaves]
-    plain = [
-        x if x.dtype == dtype and not x.weak_type else x.astype(dtype)
-        for x, dtype in zip(copies, dtypes, strict=True)
-    ]
-    return treedef.unflatten(plain)
+    return treedef.unflatten(
+        [x if rules.is_key(x) else x.astype(dtype) for x, dtype in zip(copies, dtypes, strict=True)]
+    )
 
 
 def _brief(value: Any) -> str:
     """A setting or a counter for `repr`."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return "traced"
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.item():.6g}" if value.size == 1 else f"{value.dtype}{list(value.shape)}"

@@ -1,0 +1,247 @@
+"""The rules keep structure and dtypes, agree with optax where optax is right, and refuse what is not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import arrays, assert_same, moved
+
+import target_nets
+from target_nets import apply_updates, incremental_update, periodic_update
+
+SLOW = {"a": {"w": jnp.array([[1.0, 2.0]]), "b": jnp.zeros(2)}, "c": (jnp.ones(()), None)}
+ONLINE = moved(SLOW)
+
+
+def test_apply_updates_is_optax() -> None:
+    assert_same(apply_updates(SLOW, ONLINE), optax.apply_updates(SLOW, ONLINE))
+
+
+@pytest.mark.parametrize("step_size", [0, 0.005, 0.5, 0.9, 1])
+def test_incremental_update_is_optax_up_to_rounding(step_size: float) -> None:
+    ours = incremental_update(ONLINE, SLOW, step_size)
+    theirs = optax.incremental_update(ONLINE, SLOW, step_size)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("steps", range(-3, 7))
+@pytest.mark.parametrize("kind", [int, np.int64, np.asarray, jnp.asarray, jnp.uint8, jax.jit])
+def test_periodic_update_is_optax(steps: int, kind: Any) -> None:
+    if kind is jax.jit:
+        ours = jax.jit(periodic_update)(ONLINE, SLOW, steps, 3)
+    elif kind is jnp.uint8:
+        steps %= 256
+        ours = periodic_update(ONLINE, SLOW, jnp.uint8(steps), 300)  # a period that uint8 cannot hold
+        return assert_same(ours, ONLINE if steps == 0 else SLOW)
+    else:
+        ours = periodic_update(ONLINE, SLOW, kind(steps), kind(3))
+    return assert_same(ours, optax.periodic_update(ONLINE, SLOW, steps, 3))
+
+
+def test_periodic_update_on_plain_numbers_starts_nothing_off_its_period() -> None:
+    assert periodic_update(ONLINE, SLOW, 199, 100) is SLOW
+    assert periodic_update(ONLINE, SLOW, np.int32(199), np.int64(100)) is SLOW
+    assert periodic_update(ONLINE, SLOW, 2**70 + 1, 2) is SLOW
+    with jax.transfer_guard("disallow"), jax.log_compiles(True):
+        assert periodic_update(ONLINE, SLOW, 1, 100) is SLOW
+
+
+def test_periodic_update_traces_once_for_all_device_steps(trace_counter: Any) -> None:
+    online = {"w": jnp.ones(17)}
+    with trace_counter() as traces:
+        for step in range(5):
+            periodic_update(online, online, jnp.int32(step), jnp.int32(3))
+    assert len(traces) <= 1
+
+
+def test_vmapped_steps() -> None:
+    steps = jnp.arange(4)
+    got = jax.vmap(lambda step: periodic_update(1.0, 0.0, step, 2))(steps)
+    np.testing.assert_array_equal(got, [1, 0, 1, 0])
+
+
+def test_results_have_the_structure_and_dtypes_of_the_slow_tensors(tree: Any) -> None:
+    online = moved(tree)
+    jax_tree = jax.tree.map(jnp.asarray, tree)
+    for got in (
+        incremental_update(online, tree, 0.3),
+        jax.jit(incremental_update)(online, tree, jnp.float32(0.3)),
+        periodic_update(online, tree, 4, 2),
+        jax.jit(periodic_update)(online, tree, 4, 2),
+    ):
+        assert jax.tree.structure(got) == jax.tree.structure(tree)
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(jax_tree), strict=True):
+            assert isinstance(x, jax.Array)
+            assert (x.shape, x.dtype, getattr(x, "weak_type", False)) == (y.shape, y.dtype, False)
+    assert_same(periodic_update(online, tree, 4, 2), jax.tree.map(jnp.asarray, online))
+
+
+@pytest.mark.parametrize("step_size", [0.5, np.float32(0.5), np.float64(0.5), jnp.float32(0.5)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e5m2, jnp.float32])
+def test_a_step_size_never_promotes(dtype: Any, step_size: Any) -> None:
+    got = incremental_update(jnp.ones(2, jnp.float32), jnp.zeros(2, dtype), step_size)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got.astype(jnp.float32), 0.5)
+
+
+def test_float64_is_taken_as_jax_takes_it() -> None:
+    got = incremental_update(np.ones(2), np.zeros(2), np.float64(0.5))  # warnings are errors here
+    assert got.dtype == jnp.float32
+    with jax.enable_x64(True):
+        got = incremental_update(np.ones(2), np.zeros(2), 0.1)
+        assert got.dtype == jnp.float64
+        np.testing.assert_array_equal(got, 0.1)
+        assert (
+            incremental_update(np.ones(2), np.zeros(2, np.float32), jnp.float64(0.1)).dtype
+            == jnp.float32
+        )
+
+
+def test_other_than_inexact_leaves_take_the_new_value() -> None:
+    old = {"n": jnp.int32(10), "flag": jnp.array(False), "key": jax.random.key(0)}
+    new = {"n": jnp.int32(15), "flag": jnp.array(True), "key": jax.random.key(1)}
+    assert_same(incremental_update(new, old, 0.1), new)
+    assert_same(incremental_update(new, old, 0.0), new)
+
+
+def test_narrower_kinds_are_averaged_in_the_old_dtype() -> None:
+    got = incremental_update({"a": 3, "b": True, "c": 1.0}, {"a": 1.0, "b": 0.0, "c": 1j}, 0.5)
+    np.testing.assert_array_equal(jnp.stack([got["a"], got["b"], got["c"]]), [2, 0.5, 0.5 + 0.5j])
+    assert got["c"].dtype == jnp.complex64
+
+
+def test_none_in_the_new_tensors_gives_none() -> None:
+    new, old = {"a": None, "b": jnp.ones(2)}, {"a": {"deep": jnp.ones(2)}, "b": jnp.zeros(2)}
+    for rules in (optax, target_nets):
+        assert rules.incremental_update(new, old, 0.5)["a"] is None
+        assert rules.apply_updates(new, old)["a"] is None
+    with pytest.raises(ValueError, match=r"new_tensors\['b'\]: expected float32\[3\]"):
+        incremental_update(new, {"a": 1.0, "b": jnp.zeros(3)}, 0.5)
+    with pytest.raises(ValueError, match=r"new_tensors\['b'\]: expected list .* got float32\[2\]"):
+        incremental_update(new, {"a": 1.0, "b": [1.0]}, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_of_small_floats_are_rounded_once(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=1000).astype(dtype)
+    updates = (rng.normal(size=1000) * 1e-2).astype(np.float32)
+    expected = (params.astype(np.float64) + updates.astype(np.float64)).astype(np.float32).astype(dtype)
+    np.testing.assert_array_equal(arrays(apply_updates(params, updates))[0], expected)
+
+
+def test_a_key_takes_no_update() -> None:
+    with pytest.raises(TypeError, match=r"updates\['key'\]: a PRNG key takes no update"):
+        apply_updates({"key": jax.random.key(0)}, {"key": jax.random.key(0)})
+
+
+BAD_TENSORS: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "missing": ({}, {"w": 1.0}, ValueError, r"\['w'\]: expected float32\[\] as in .*, got nothing"),
+    "extra": ({"w": 1.0, "v": 2.0}, {"w": 1.0}, ValueError, r"\['v'\]: expected nothing"),
+    "transposed": (np.ones((2, 3)), np.ones((3, 2)), ValueError, r": expected float32\[3, 2\]"),
+    "broadcastable": (
+        [np.ones((3, 1))],
+        [np.ones((1, 3))],
+        ValueError,
+        r"\[0\]: .* got float32\[3, 1\]",
+    ),
+    "scalar": ({"w": 1.0}, {"w": np.ones(3)}, ValueError, r"\['w'\]: .* got float32\[\]"),
+    "string": ({"w": "x"}, {"w": np.ones(3)}, TypeError, r"\['w'\]: .* got str"),
+    "object": ({"w": object()}, {"w": 1.0}, TypeError, r"\['w'\]: .* got object"),
+    "list for tuple": ({"w": [1.0]}, {"w": (1.0,)}, ValueError, r"\['w'\]: expected tuple .* got list"),
+    "leaf for node": (
+        {"w": 1.0},
+        {"w": (1.0,)},
+        ValueError,
+        r"\['w'\]: expected tuple .* got float32\[\]",
+    ),
+    "complex into float": ({"w": 1j}, {"w": 1.0}, TypeError, r"\['w'\]: .* got complex64\[\]"),
+    "float into int": ({"w": 1.5}, {"w": 1}, TypeError, r"\['w'\]: expected int32\[\] .* got float32"),
+    "int into bool": ({"w": 1}, {"w": True}, TypeError, r"\['w'\]: expected bool\[\] .* got int32"),
+    "key into uint": (jax.random.key(0), np.ones(2, np.uint32), TypeError, r": expected uint32\[2\]"),
+    "uint into key": (np.ones(2, np.uint32), jax.random.key(0), TypeError, ": expected key<"),
+    "other key": (jax.random.key(0, impl="rbg"), jax.random.key(0), TypeError, "got key<rbg>"),
+    "float0": (np.zeros(2, jax.dtypes.float0), np.ones(2), TypeError, "float0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+@pytest.mark.parametrize("how", ["average", "copy", "keep", "device", "jit", "add"])
+def test_tensors_that_do_not_fit_are_named(case: str, how: str) -> None:
+    new, old, error, message = BAD_TENSORS[case]
+    call: Any = {
+        "average": lambda: incremental_update(new, old, 0.5),
+        "copy": lambda: periodic_update(new, old, 2, 2),
+        "keep": lambda: periodic_update(new, old, 1, 2),
+        "device": lambda: periodic_update(new, old, jnp.int32(1), 2),
+        "jit": lambda: jax.jit(lambda: incremental_update(new, old, 0.5))(),
+        "add": lambda: apply_updates(old, new),
+    }[how]
+    name = "updates" if how == "add" else "new_tensors"
+    with pytest.raises(error, match=f"{name}.*{message}|^{name}{message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("step_size", "error"),
+    [
+        (-0.1, ValueError),
+        (1.1, ValueError),
+        (float("nan"), ValueError),
+        (np.float32(2), ValueError),
+        (np.array(2.0), ValueError),
+        (np.ones(3), ValueError),
+        (jnp.ones(3), ValueError),
+        ("0.1", TypeError),
+        (None, TypeError),
+        (0.5j, TypeError),
+        (True, TypeError),
+        (float, TypeError),
+    ],
+)
+def test_step_sizes_that_cannot_be_meant(step_size: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="step_size: expected"):
+        incremental_update(1.0, 0.0, step_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("update_period", 0, ValueError),
+        ("update_period", -1, ValueError),
+        ("update_period", 2**31, ValueError),
+        ("update_period", np.int64(0), ValueError),
+        ("update_period", 2.0, TypeError),
+        ("update_period", None, TypeError),
+        ("update_period", True, TypeError),
+        ("update_period", np.ones(2, int), ValueError),
+        ("steps", 1.0, TypeError),
+        ("steps", "1", TypeError),
+        ("steps", jnp.ones(2, int), ValueError),
+        ("steps", jnp.float32(1), TypeError),
+    ],
+)
+def test_counters_that_cannot_be_meant(name: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"{name}: expected"):
+        periodic_update(1.0, 0.0, **{"steps": 1, "update_period": 1, name: value})
+
+
+def test_a_traced_period_below_one_counts_as_one() -> None:
+    assert periodic_update(1.0, 0.0, jnp.int32(3), jnp.int32(0)) == 1.0
+
+
+def test_rules_in_one_step_after_another_under_scan() -> None:
+    def body(slow: jax.Array, online: jax.Array) -> tuple[jax.Array, jax.Array]:
+        slow = incremental_update(online, slow, 0.25)
+        return slow, slow
+
+    online = jnp.arange(5.0)
+    _, got = jax.lax.scan(body, 0.0, online)  # a weakly typed carry
+    expected, slow = [], 0.0
+    for value in np.arange(5.0):
+        slow += 0.25 * (value - slow)
+        expected.append(slow)
+    np.testing.assert_array_equal(got, expected)

@@ -1,0 +1,340 @@
+"""What `update`, `sync` and `distance` do, setting by setting, against plain NumPy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import arrays, assert_same, moved
+from flax import nnx
+
+from target_nets import EMATarget, PeriodicTarget
+
+START = {"w": np.zeros((2, 3), np.float32), "b": np.ones(3, np.float32)}
+STEP_MAX = 2**31 - 1
+
+
+def online(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    return {name: rng.normal(size=x.shape).astype(np.float32) for name, x in START.items()}
+
+
+def averaged(step_sizes: list[float], start: Any = START) -> dict[str, np.ndarray]:
+    """The averages of `online(0), online(1), ...` in float64."""
+    slow = {name: x.astype(np.float64) for name, x in start.items()}
+    for step, step_size in enumerate(step_sizes):
+        slow = {name: x + step_size * (online(step)[name] - x) for name, x in slow.items()}
+    return slow
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def at_step(target: Any, step: int) -> Any:
+    """The same target with another count, as a checkpoint would have it."""
+    leaves, treedef = jax.tree.flatten_with_path(target)
+    values = [np.array(step, np.int32) if path[0].name == "step" else x for path, x in leaves]
+    return treedef.unflatten(values)
+
+
+@pytest.mark.parametrize(
+    "step_size", [0, 0.005, 0.3, 1, np.float32(0.25), np.float64(0.25), np.array(0.25)]
+)
+def test_a_number_as_step_size(step_size: Any) -> None:
+    target = EMATarget(START, step_size)
+    for step in range(5):
+        assert target.update(online(step)) is target
+    assert_close(target.params, averaged([float(step_size)] * 5))
+    assert target.step == 5
+
+
+@pytest.mark.parametrize("step_size", [0.3, jnp.float32(0.3), optax.constant_schedule(0.3)])
+@pytest.mark.parametrize("period", [1, 2])
+@pytest.mark.parametrize("donate", [False, True])
+def test_eager_jitted_and_scanned_updates_are_equal_to_the_bit(
+    step_size: Any, period: int, donate: bool
+) -> None:
+    eager = EMATarget(START, step_size, update_period=period, donate=donate)
+    jitted, scanned = (EMATarget(START, step_size, update_period=period) for _ in range(2))
+    update = jax.jit(lambda target, params: target.update(params))
+    for step in range(5):
+        eager.update(online(step))
+        jitted = update(jitted, online(step))
+    batch = jax.tree.map(lambda *xs: np.stack(xs), *(online(step) for step in range(5)))
+    scanned, _ = jax.lax.scan(lambda t, p: (t.update(p), t.step), scanned, batch)
+    assert_same(eager.params, jitted.params)
+    assert_same(eager.params, scanned.params)
+    assert eager.step == jitted.step == scanned.step == 5
+
+
+def test_a_schedule_sees_the_number_of_averagings_before() -> None:
+    target = EMATarget(START, lambda n: 1.0 / (n + 1))
+    every_third = EMATarget(START, lambda n: 1.0 / (n + 1), update_period=3)
+    for step in range(6):
+        target.update(online(step))
+        every_third.update(online(step))
+    mean = jax.tree.map(lambda *xs: np.mean(xs, 0), *(online(step) for step in range(6)))
+    assert_close(target.params, mean)
+    assert_close(every_third.params, jax.tree.map(lambda x, y: (x + y) / 2, online(2), online(5)))
+
+
+def test_optax_schedules_as_they_are() -> None:
+    schedule = optax.join_schedules(
+        [optax.constant_schedule(1.0), optax.linear_schedule(0.5, 0, 2)], [2]
+    )
+    target = EMATarget(START, schedule)
+    for step in range(5):
+        target.update(online(step))
+    assert_close(target.params, averaged([1, 1, 0.5, 0.25, 0]))
+
+
+@pytest.mark.parametrize("value", [2.0, -1.0, np.nan])
+def test_a_schedule_out_of_range_is_clipped(value: float) -> None:
+    target = EMATarget(START, lambda n: value + 0 * n)
+    constant = EMATarget(START, lambda n: value)  # noqa: ARG005 -- a schedule that ignores its count
+    expected = online(0) if value == 2.0 else START
+    assert_same(target.update(online(0)).params, jax.tree.map(jnp.asarray, expected))
+    assert_same(constant.update(online(0)).params, target.params)
+
+
+def test_a_schedule_and_a_number_compile_once(trace_counter: Any) -> None:
+    calls = []
+
+    def schedule(n: jax.Array) -> jax.Array:
+        calls.append(n)
+        assert isinstance(n, jax.core.Tracer)
+        return 1.0 / (n + 1)
+
+    params = {"w": jnp.ones(19)}
+    with trace_counter() as compiled:
+        for target in (EMATarget(params, schedule), EMATarget(params, schedule)):
+            for _ in range(3):
+                target.update(params)
+    assert len(calls) == len(compiled) == 1
+    with trace_counter() as compiled:
+        for step_size in (0.1, 0.2, 1, np.float32(0.3)):
+            EMATarget(params, step_size).update(params)
+    assert len(compiled) == 1
+
+
+def test_update_period() -> None:
+    target = EMATarget(START, 0.5, update_period=3)
+    for step in range(7):
+        target.update(online(step))
+    slow = averaged([0, 0, 0.5, 0, 0, 0.5, 0])
+    assert_close(target.params, slow)
+    assert target.step == 7
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 100])
+@pytest.mark.parametrize("jit", [False, True])
+def test_periodic_copies_on_every_multiple(period: int, jit: bool) -> None:
+    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
+    target = PeriodicTarget(START, period)
+    for step in range(1, 8):
+        target = update(target, online(step))
+        latest = step - step % period
+        assert_same(target.params, jax.tree.map(jnp.asarray, online(latest) if latest else START))
+        assert target.step == step
+
+
+def test_eager_updates_go_on_after_jit() -> None:
+    update = jax.jit(lambda target, params: target.update(params))
+    for make in (lambda: EMATarget(START, 0.3, update_period=2), lambda: PeriodicTarget(START, 2)):
+        mixed, eager = make(), make()
+        for step in range(7):
+            mixed = update(mixed, online(step)) if step in (1, 4) else mixed.update(online(step))
+            eager.update(online(step))
+        assert_same(mixed.params, eager.params)
+        assert mixed.step == eager.step == 7
+
+
+def test_sync_copies_now_and_keeps_the_step(tree: Any) -> None:
+    for target in (EMATarget(tree, 0.5, mask=True), PeriodicTarget(tree, 100)):
+        target.update(tree)
+        assert target.sync(moved(tree)) is target
+        assert_same(target.params, jax.tree.map(jnp.asarray, moved(tree)))
+        assert target.step == 1
+
+
+def test_every_tree_keeps_its_structure_and_dtypes(tree: Any) -> None:
+    expected = jax.tree.map(jnp.asarray, tree)
+    update = jax.jit(lambda target, params: target.update(params))
+    for target in (EMATarget(tree, 0.5), PeriodicTarget(tree, 1)):
+        assert_same(target.params, expected)
+        target.update(moved(tree))
+        once = target.params
+        assert jax.tree.structure(once) == jax.tree.structure(expected)
+        for x, y in zip(jax.tree.leaves(once), jax.tree.leaves(expected), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert_same(update(target, moved(tree)).update(moved(tree)).step, jnp.int32(3))
+        assert_same(target.params, once)  # jit was given a copy
+
+
+def test_mask() -> None:
+    for mask in ({"w": True, "b": False}, lambda params: {name: name == "w" for name in params}):
+        target = EMATarget(START, 0.5, mask=mask)
+        target.update(online(0)).update(online(1))
+        assert_close(target.params["w"], averaged([0.5, 0.5])["w"])
+        np.testing.assert_array_equal(target.params["b"], online(1)["b"])
+    prefix = EMATarget({"net": START, "stats": START}, 0.5, mask={"net": True, "stats": False})
+    prefix.update({"net": online(0), "stats": online(0)})
+    assert_close(prefix.params["net"], averaged([0.5]))
+    assert_same(prefix.params["stats"], jax.tree.map(jnp.asarray, online(0)))
+
+
+def test_mask_of_batch_statistics_in_nnx() -> None:
+    def parameters_only(state: nnx.State) -> nnx.State:
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        return jax.tree.map(lambda x: isinstance(x, nnx.Param), state, is_leaf=is_variable)
+
+    state = nnx.state(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    target = EMATarget(state, 0.5, mask=parameters_only).update(moved(state))
+    np.testing.assert_array_equal(target.params["scale"][...], [1.5, 1.5])
+    np.testing.assert_array_equal(target.params["mean"][...], [1, 1])
+
+
+def test_small_floats_are_held_in_float32_and_read_in_their_own() -> None:
+    params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float16), "n": jnp.int32(3)}
+    target = EMATarget(params, 0.25)
+    held = {x.dtype.name for x in jax.tree.leaves(target) if x.ndim}
+    assert held == {"float32"}
+    target.update(moved(params))
+    assert_same(
+        target.params,
+        {"a": jnp.full(2, 1.25, jnp.bfloat16), "b": jnp.full(2, 1.25, jnp.float16), "n": jnp.int32(4)},
+    )
+    copied = EMATarget(params, 0.25, mask={"a": False, "b": True, "n": True})
+    assert copied.params["a"].dtype == jnp.bfloat16
+    assert [x.dtype.name for x in jax.tree.leaves(copied)][:2] == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("accumulator", [jnp.bfloat16, "float16", np.float32])
+def test_accumulator_dtype(accumulator: Any) -> None:
+    params = {"w": jnp.ones(2), "z": jnp.ones(2, jnp.complex64), "n": jnp.arange(2)}
+    target = EMATarget(params, 0.5, accumulator_dtype=accumulator)
+    held = [x.dtype for x in jax.tree.leaves(target)][:3]
+    assert held == [jnp.int32, jnp.dtype(accumulator), jnp.complex64]
+    target.update(moved(params))
+    assert_same(target.params, {"w": params["w"] + 0.5, "z": params["z"] + 0.5, "n": params["n"] + 1})
+
+
+def test_float64_accumulator_under_x64() -> None:
+    with jax.enable_x64(True):
+        target = EMATarget({"w": jnp.ones(2, jnp.float32)}, 1e-9, accumulator_dtype=jnp.float64)
+        target.update({"w": jnp.full(2, 2.0, jnp.float32)})
+        assert target.params["w"].dtype == jnp.float32
+        np.testing.assert_allclose(jax.tree.leaves(target)[0], 1 + 1e-9, rtol=1e-15)
+    with pytest.raises(ValueError, match="accumulator_dtype: float64 needs jax_enable_x64"):
+        EMATarget(START, 0.1, accumulator_dtype=np.float64)
+
+
+def test_an_online_network_of_another_precision() -> None:
+    target = EMATarget({"w": jnp.zeros(2)}, 0.5).update({"w": jnp.ones(2, jnp.bfloat16)})
+    assert_same(target.params, {"w": jnp.full(2, 0.5)})
+    target = EMATarget({"w": jnp.zeros(2, jnp.bfloat16)}, 0.5).update({"w": np.ones(2)})
+    assert_same(target.params, {"w": jnp.full(2, 0.5, jnp.bfloat16)})
+
+
+def test_distance_is_the_global_norm_over_inexact_leaves() -> None:
+    params = {
+        "w": jnp.zeros(2),
+        "z": jnp.zeros(1, jnp.complex64),
+        "n": jnp.int32(0),
+        "h": jnp.zeros(1, "bfloat16"),
+    }
+    target = EMATarget(params, 0.5)
+    there = {
+        "w": jnp.array([1.0, 2.0]),
+        "z": jnp.array([3 + 4j]),
+        "n": jnp.int32(9),
+        "h": jnp.array([2.0]),
+    }
+    distance = target.distance(there)
+    assert (distance.shape, distance.dtype) == ((), jnp.float32)
+    np.testing.assert_allclose(distance, np.sqrt(1 + 4 + 25 + 4), rtol=1e-6)
+    np.testing.assert_array_equal(jax.jit(lambda t, p: t.distance(p))(target, there), distance)
+    assert EMATarget({}, 0.5).distance({}) == 0
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 1000, STEP_MAX - 1, STEP_MAX])
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_step_goes_back_by_a_period_after_the_last_multiple_in_int32(period: int, jit: bool) -> None:
+    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
+    last = STEP_MAX // period * period
+    for make in (
+        lambda: EMATarget(START, 1.0, update_period=period),
+        lambda: PeriodicTarget(START, period),
+    ):
+        target = update(at_step(make(), last - 1), online(0))
+        assert target.step == last
+        assert target.step.dtype == jnp.int32
+        assert_same(target.params, jax.tree.map(jnp.asarray, online(0)))
+        target = update(target, online(1))
+        assert target.step == last + 1 - period
+        due = period == 1
+        assert_same(target.params, jax.tree.map(jnp.asarray, online(1) if due else online(0)))
+        assert_same(update(at_step(target, last), online(2)).step, target.step)
+        if period < last:  # the next multiple comes a period later
+            assert_same(
+                update(at_step(target, last - 1), online(3)).params, jax.tree.map(jnp.asarray, online(3))
+            )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_schedule_holds_its_last_value_past_int32(jit: bool) -> None:
+    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
+    seen = lambda n: jnp.where(n == STEP_MAX - 1, 0.5, 0.0)  # noqa: E731
+    target = at_step(EMATarget(START, seen), STEP_MAX - 1)
+    for step in range(3):
+        target = update(target, online(step))
+    assert_close(target.params, averaged([0.5] * 3))
+
+
+def test_the_step_stays_on_the_host_until_jit() -> None:
+    target = EMATarget(START, 0.1).update(online(0))
+    assert type(target.step) is np.ndarray
+    assert (target.step.shape, target.step.dtype) == ((), np.int32)
+    with pytest.raises(ValueError, match="read-only"):
+        target.step[...] = 7
+    target = jax.jit(lambda t: t)(target)
+    assert isinstance(target.step, jax.Array)
+    assert target.step.dtype == jnp.int32
+
+
+def test_reading_never_hands_out_the_containers_themselves() -> None:
+    target = EMATarget({"net": {"w": jnp.zeros(2)}}, 0.5)
+    target.params["net"]["w"] = "mine"
+    target.params.clear()
+    assert_same(target.params, {"net": {"w": jnp.zeros(2)}})
+
+
+def test_donation_reuses_memory_and_gives_the_same_result() -> None:
+    params = {"w": jnp.zeros(1024), "h": jnp.zeros(1024, jnp.bfloat16)}
+    kept, donated = EMATarget(params, 0.5), EMATarget(params, 0.5, donate=True)
+    for method in ("update", "sync", "update"):
+        before, earlier = arrays(kept), kept.params
+        memory = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(donated)[:2]]
+        getattr(kept, method)(moved(params))
+        getattr(donated, method)(moved(params))
+        assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(donated)[:2]] == memory
+        assert_same(donated.params, kept.params)
+        assert len(before) == len(arrays(earlier)) + 1  # what was read before can still be read
+    periodic = PeriodicTarget(params, 2, donate=True)
+    first = periodic.params["w"]
+    assert not periodic.update(params).params["w"].is_deleted()
+    periodic.update(params)
+    assert first.is_deleted()
+
+
+def test_donation_inside_a_transformation_is_the_callers_business() -> None:
+    target = EMATarget({"w": jnp.zeros(4)}, 0.5, donate=True)
+    for transform in (jax.jit, lambda f: jax.vmap(f, in_axes=(None, 0)), jax.checkpoint):
+        online_params = {"w": jnp.ones((2, 4) if transform not in (jax.jit, jax.checkpoint) else 4)}
+        transform(lambda t, p: t.update(p))(target, online_params)
+        assert_same(target.params, {"w": jnp.zeros(4)})
+    target = jax.jit(lambda t, p: t.update(p), donate_argnums=0)(target, {"w": jnp.ones(4)})
+    assert_same(target.params, {"w": jnp.full(4, 0.5)})
