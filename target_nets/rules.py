@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
@@ -157,12 +158,11 @@ def average(new: jax.Array, old: jax.Array, step_size: ArrayLike) -> jax.Array:
     weight = jnp.where(low, s, 1 - s)  # 1 - s is exact above one half
     new, slow = new.astype(dtype), old.astype(dtype)
     near, far = jnp.where(low, slow, new), jnp.where(low, new, slow)
-    # base - w*(base - far), signs placed so that even the zero of a constant keeps its sign.
-    gap = near - far
-    moved = near + -weight * gap
+    gap = far - near
     convex = (1 - weight) * near + weight * far
-    moved = jnp.where(jnp.isfinite(gap), moved, convex)
-    return jnp.where(weight == 0, near, moved).astype(old.dtype)
+    moved = jnp.where(jnp.isfinite(gap), near + weight * gap, convex)
+    # Where nothing moves the bits stay, too: of a signed zero, a denormal, or beside inf and nan.
+    return jnp.where((weight == 0) | (gap == 0), near, moved).astype(old.dtype)
 
 
 def copy(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -224,10 +224,18 @@ def _add_trees(updates: Any, params: Tree) -> Tree:
 
 def named(rule: Callable[..., Any], new: Any, old: Any, *args: Any, names: Names, **static: Any) -> Any:
     """Calls a compiled rule; where jit refuses an argument, says which leaf it was."""
+    new, old = own_numpy(new), own_numpy(old)
     with suppress(TypeError):
         return rule(new, old, *args, **static)
     match(new, old, names)
     return rule(new, old, *args, **static)
+
+
+def own_numpy(tree: Tree) -> Tree:
+    """The tree with copies of its NumPy arrays: jax may read them after the call, or share them."""
+    if any(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+    return tree
 
 
 def _prune(tree: Any, reference: Any) -> Any:
@@ -358,10 +366,10 @@ def _path(tree: Any, index: int) -> str:
 
 def describe(x: Any) -> str:
     """What a leaf or a node is, for a message."""
-    aval = _array_type(x)
-    if aval is None:
+    array = x if isinstance(x, jax.Array | np.ndarray | np.generic) else _array_type(x)
+    if array is None:
         return "None" if x is None else type(x).__name__
-    return f"{aval.dtype}{list(aval.shape)}"
+    return f"{array.dtype}{list(array.shape)}"
 
 
 def check_step_size(step_size: Any) -> Any:

@@ -81,12 +81,13 @@ def _restored_tree(template: Any, saved: Any, path: str) -> Any:
             for key, name in names.items():
                 restore(name, saved[key], f"{path}/{key}")
         elif names is not None:
-            restored[names] = _restored_leaf(leaves[names], saved, path)
+            restored[int(names)] = _restored_leaf(leaves[int(names)], saved, path)
         elif saved is not None:
             raise ValueError(f"{path}: expected None, got {rules.describe(saved)}")
 
-    # The template's own names, with the index of a leaf in its place.
-    restore(_nested(treedef.unflatten(range(len(leaves)))), saved, path)
+    # The template's own names, with the index of a leaf in its place (an array, so that nnx knows it).
+    indices = [np.array(index) for index in range(len(leaves))]
+    restore(_nested(treedef.unflatten(indices)), saved, path)
     return treedef.unflatten([restored[index] for index in range(len(leaves))])
 
 
@@ -95,7 +96,7 @@ def _restored_leaf(leaf: Any, saved: Any, path: str) -> Any:
     got = saved if isinstance(saved, jax.Array) else np.asarray(saved)
     fits = rules.kind(got.dtype) == rules.kind(wanted.dtype) and np.can_cast(got.dtype, wanted.dtype)
     if got.shape != wanted.shape or not fits:
-        expected = f"{rules.describe(wanted)} or what fits into it"
+        expected = f"{wanted.dtype}{list(wanted.shape)}, or a dtype that fits into it"
         raise ValueError(f"{path}: expected {expected}, got {rules.describe(saved)}")
     restored = jax.device_put(got.astype(wanted.dtype), _placement(leaf), may_alias=False)
     if rules.is_key(leaf):

@@ -207,7 +207,7 @@ class _Target(Generic[P]):
         return f"{type(self).__name__}({', '.join(f'{k}={_brief(v)}' for k, v in parts.items())})"
 
     def __copy__(self) -> Self:
-        state = jax.device_put(self._state, may_alias=False)
+        state = _own(self._state)
         if not isinstance(self._state.step, jax.Array):
             state = state._replace(step=self._state.step)  # stays on the host
         return _made(type(self), self._settings, state)
@@ -292,7 +292,7 @@ class EMATarget(_Target[P]):
             schedule=schedule,
             dtypes=None if held == dtypes else tuple(dtypes),
         )
-        self.__attrs_init__(settings, _State(_own(params, held), _on_host(0), array))
+        self.__attrs_init__(settings, _State(_begun(params, held), _on_host(0), array))
 
 
 @final
@@ -326,7 +326,7 @@ class PeriodicTarget(_Target[P]):
 
     def __init__(self, params: P, update_period: int, *, donate: bool = False) -> None:
         settings = _Settings(update_period=update_period, donate=donate, averaged=False)
-        self.__attrs_init__(settings, _State(_own(params, _dtypes(params)), _on_host(0)))
+        self.__attrs_init__(settings, _State(_begun(params, _dtypes(params)), _on_host(0)))
 
 
 # One update, compiled: `_move` where it is known to be due, `_tick` where the step is on the device
@@ -431,7 +431,10 @@ def _resolved(mask: Mask, params: Any) -> bool | tuple[bool, ...]:
 def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any) -> list[Any]:
     """The dtypes that the slow copy is held in."""
     if accumulator is not None:
-        accumulator = jnp.dtype(accumulator)
+        try:
+            accumulator = jnp.dtype(accumulator)
+        except TypeError:
+            raise TypeError(f"accumulator_dtype: expected a dtype, got {accumulator!r}") from None
         if not jnp.issubdtype(accumulator, jnp.floating):
             raise TypeError(f"accumulator_dtype: expected a floating dtype, got {accumulator}")
         if jax.dtypes.canonicalize_dtype(accumulator) != accumulator:
@@ -464,12 +467,16 @@ def _sorted_step_size(step_size: Any) -> tuple[float | None, Any, jax.Array | No
     return float(step_size), None, None
 
 
-def _own(params: P, dtypes: list[Any]) -> P:
-    """A copy of the parameters in memory of its own, strongly typed, where they are placed."""
-    leaves, treedef = jax.tree.flatten(params)
-    copies = [jax.device_put(x, may_alias=False) for x in leaves]
+def _own(tree: P) -> P:
+    """A copy in memory of its own, where the arrays are placed."""
+    return jax.device_put(rules.own_numpy(tree), may_alias=False)
+
+
+def _begun(params: Any, dtypes: list[Any]) -> Any:
+    """The slow copy to start with: strongly typed copies of the parameters."""
+    leaves, treedef = jax.tree.flatten(_own(params))
     return treedef.unflatten(
-        [x if rules.is_key(x) else x.astype(dtype) for x, dtype in zip(copies, dtypes, strict=True)]
+        [x if rules.is_key(x) else x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
     )
 
 

@@ -147,9 +147,9 @@ def moved(tree: Any, by: float = 1.0) -> Any:
 
 
 def arrays(tree: Any) -> list[np.ndarray]:
-    """The leaves as NumPy arrays, keys as their data."""
+    """The leaves as NumPy arrays, keys as their data; copies, since a view keeps jax from donating."""
     return [
-        np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
         for x in jax.tree.leaves(tree)
     ]
 

@@ -141,7 +141,7 @@ def test_a_key_takes_no_update() -> None:
 BAD_TENSORS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "missing": ({}, {"w": 1.0}, ValueError, r"\['w'\]: expected float32\[\] as in .*, got nothing"),
     "extra": ({"w": 1.0, "v": 2.0}, {"w": 1.0}, ValueError, r"\['v'\]: expected nothing"),
-    "transposed": (np.ones((2, 3)), np.ones((3, 2)), ValueError, r": expected float32\[3, 2\]"),
+    "transposed": (jnp.ones((2, 3)), jnp.ones((3, 2)), ValueError, r": expected float32\[3, 2\]"),
     "broadcastable": (
         [np.ones((3, 1))],
         [np.ones((1, 3))],

@@ -1,0 +1,307 @@
+"""A target goes through `flax.serialization` and Orbax alone and within any state, to the bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from conftest import TREES, Network, arrays, assert_same, moved
+from flax import linen, nnx, serialization
+from flax.training.train_state import TrainState
+
+from target_nets import EMATarget, PeriodicTarget
+
+
+def harmonic(n: jax.Array) -> jax.Array:
+    return 1 / (n + 2.0)
+
+
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "ema": lambda params: EMATarget(params, 0.3),
+    "ema, schedule": lambda params: EMATarget(params, harmonic, update_period=2),
+    "ema, array": lambda params: EMATarget(params, jnp.float32(0.3)),
+    "periodic": lambda params: PeriodicTarget(params, 2),
+}
+
+
+@pytest.fixture(params=MAKERS, name="make")
+def _make(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    return MAKERS[request.param]
+
+
+def through_bytes(target: Any, template: Any) -> Any:
+    return serialization.from_bytes(template, serialization.to_bytes(target))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_run_through_bytes_at_every_step_equals_an_uninterrupted_one(
+    tree: Any, make: Callable[[Any], Any], jit: bool
+) -> None:
+    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
+    resumed, uninterrupted = make(tree), make(tree)
+    for step in range(3):
+        online = moved(tree, step + 1.0)
+        uninterrupted = update(uninterrupted, online)
+        resumed = update(through_bytes(resumed, make(tree)), online)
+        restored = through_bytes(resumed, make(moved(tree, 5.0)))
+        for got in (resumed, restored):
+            assert type(got) is type(uninterrupted)
+            assert_same(got.params, uninterrupted.params)
+            assert got.step == uninterrupted.step == step + 1
+        assert jax.tree.structure(restored) == jax.tree.structure(make(tree))
+
+
+def test_the_state_dict_is_plain_and_named(tree: Any) -> None:
+    target = EMATarget(tree, 0.3).update(tree)
+    state = serialization.to_state_dict(target)
+    assert list(state) == ["step", "params"]
+    assert type(state["step"]) is int
+
+    def check(node: Any) -> int:
+        if isinstance(node, dict):
+            assert all(isinstance(key, str) for key in node)
+            return sum(check(child) for child in node.values())
+        assert node is None or isinstance(node, jax.Array)
+        return node is not None
+
+    assert check(state["params"]) == len(jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dict",
+        "FrozenDict",
+        "list and tuple",
+        "NamedTuple",
+        "flax struct",
+        "Linen",
+        "Haiku",
+        "integer keys",
+        "None and empty nodes",
+        "bare array",
+    ],
+)
+def test_named_as_flax_names_what_it_knows(name: str) -> None:
+    tree = TREES[name]()
+    assert_same(
+        serialization.to_state_dict(EMATarget(tree, 0.3))["params"], serialization.to_state_dict(tree)
+    )
+
+
+def test_nnx_is_named_as_to_pure_dict_with_string_keys() -> None:
+    network = Network()
+    expected = {
+        "dropout": {"rngs": {"count": (), "key": (2,)}},
+        "layers": {"0": {"bias": (4,), "kernel": (3, 4)}, "1": {"bias": (2,), "kernel": (4, 2)}},
+        "norm": {"bias": (4,), "mean": (4,), "scale": (4,), "var": (4,)},
+        "scale": (),
+    }
+    for params in (network, nnx.state(network)):
+        state = serialization.to_state_dict(PeriodicTarget(params, 2))["params"]
+        assert jax.tree.map(jnp.shape, state) == expected
+    pure = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+    assert_same(
+        serialization.to_state_dict(PeriodicTarget(nnx.state(network, nnx.Param), 2))["params"]["norm"],
+        pure["norm"],
+    )
+
+
+def test_other_nodes_are_named_by_key_path() -> None:
+    for name, expected in {
+        "chex dataclass": {"a": {"kernel": (2,)}},
+        "attrs class": {"0": {"kernel": (2,)}, "1": None},
+        "unkeyed node": {"0": (2,), "1": {"a": (3,)}},
+    }.items():
+        state = serialization.to_state_dict(PeriodicTarget(TREES[name](), 2))["params"]
+        assert jax.tree.map(jnp.shape, state) == expected
+
+
+def test_the_accumulator_is_what_is_saved() -> None:
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    target = EMATarget(params, 1e-3).update(moved(params))
+    assert serialization.to_state_dict(target)["params"]["w"].dtype == jnp.float32
+    restored = through_bytes(target, EMATarget(params, 1e-3))
+    np.testing.assert_array_equal(jax.tree.leaves(restored)[0], jax.tree.leaves(target)[0])
+    model = serialization.to_state_dict(target.params)  # what loads into a model
+    assert_same(serialization.from_state_dict(params, model), target.params)
+
+
+def test_inside_a_train_state_and_other_states() -> None:
+    class State(TrainState):
+        target: Any
+
+    def fresh() -> Any:
+        network = linen.Dense(2)
+        params = network.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+        target = EMATarget(params, 0.3)
+        return State.create(apply_fn=network.apply, params=params, tx=optax.adam(1e-2), target=target)
+
+    @jax.jit
+    def train(state: Any) -> Any:
+        state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
+        return state.replace(target=state.target.update(state.params))
+
+    state = train(train(fresh()))
+    restored = serialization.from_bytes(fresh(), serialization.to_bytes(state))
+    assert_same(train(restored).target.params, train(state).target.params)
+    nested = {"a": [state, {"critics": (state.target, PeriodicTarget(state.params, 2))}]}
+    twin = serialization.from_bytes(nested, serialization.to_bytes(nested))
+    assert_same(arrays(twin["a"][1]["critics"][0]), arrays(state.target))
+    assert isinstance(twin["a"][1]["critics"][1], PeriodicTarget)
+
+
+def test_a_population() -> None:
+    targets = jax.vmap(lambda s: EMATarget({"w": jnp.zeros(2)}, s))(jnp.array([0.1, 0.5]))
+    moved_on = jax.vmap(lambda t: t.update({"w": jnp.ones(2)}))(targets)
+    np.testing.assert_array_equal(serialization.to_state_dict(moved_on)["step"], [1, 1])
+    restored = through_bytes(moved_on, targets)
+    assert_same(restored.params, moved_on.params)
+    np.testing.assert_array_equal(restored.step, [1, 1])
+    with pytest.raises(ValueError, match=r"/step: expected integers of shape \[2\], got int"):
+        serialization.from_state_dict(targets, {**serialization.to_state_dict(moved_on), "step": 3})
+
+
+def test_an_abstract_template() -> None:
+    target = EMATarget({"w": jnp.ones(2)}, 0.3).update({"w": jnp.zeros(2)})
+    template = jax.eval_shape(lambda: EMATarget({"w": jnp.ones(2)}, 0.3))
+    assert_same(through_bytes(target, template).update({"w": jnp.zeros(2)}).step, np.array(2, np.int32))
+
+
+def test_restoring_leaves_the_template_and_shares_nothing() -> None:
+    target = EMATarget({"w": jnp.ones(64)}, 0.3, donate=True)
+    template = EMATarget({"w": jnp.zeros(64)}, 0.3)
+    saved = {"step": 3, "params": {"w": np.full(64, 2, np.float32)}}
+    restored = serialization.from_state_dict(template, saved)
+    saved["params"]["w"][:] = 7
+    assert_same(restored.params, {"w": jnp.full(64, 2.0)})
+    assert_same(template.params, {"w": jnp.zeros(64)})
+    twin = serialization.from_state_dict(template, serialization.to_state_dict(target))
+    target.update({"w": jnp.zeros(64)})
+    assert_same(twin.params, {"w": jnp.ones(64)})
+
+
+SAVED = {"step": 3, "params": {"w": np.ones(2, np.float32), "n": np.int32(1), "empty": None}}
+UNFIT: dict[str, tuple[Any, str]] = {
+    "no dict": (3, r"^\./target: expected a dict of \['step', 'params'\], got int32"),
+    "no step": ({"params": SAVED["params"]}, r"^\./target/step: missing"),
+    "no params": ({"step": 3}, r"^\./target/params: missing"),
+    "another part": ({**SAVED, "skipped": 1}, r"^\./target/skipped: unexpected"),
+    "missing leaf": ({"params": {"w": None, "empty": None}}, r"/params/n: missing"),
+    "extra leaf": ({"params": {**SAVED["params"], "z": 1}}, r"/params/z: unexpected"),
+    "leaf for a node": ({"params": 1.0}, r"/params: expected a dict of"),
+    "node for a leaf": (
+        {"params": {**SAVED["params"], "w": {"x": 1}}},
+        r"/params/w: expected float32\[2\]",
+    ),
+    "None for a leaf": ({"params": {**SAVED["params"], "w": None}}, r"/params/w: .* got None"),
+    "leaf for None": ({"params": {**SAVED["params"], "empty": 1.0}}, r"/params/empty: expected None"),
+    "shape": (
+        {"params": {**SAVED["params"], "w": np.ones((1, 2), "float32")}},
+        r"/params/w: .* got float32\[1, 2\]",
+    ),
+    "kind": ({"params": {**SAVED["params"], "w": np.ones(2, "int8")}}, r"/params/w: .* got int8\[2\]"),
+    "wider kind": (
+        {"params": {**SAVED["params"], "w": np.ones(2, "complex64")}},
+        r"/params/w: .* got complex64",
+    ),
+    "string": ({"params": {**SAVED["params"], "w": "x"}}, r"/params/w: .* got str"),
+    "lossy": ({"params": {**SAVED["params"], "n": np.int64(1)}}, r"/params/n: expected int32\[\]"),
+    "negative step": ({"step": -1}, r"/step: expected 0 to 2\*\*31-1, got -1"),
+    "large step": ({"step": 2**31}, r"/step: expected 0 to 2\*\*31-1"),
+    "step a float": ({"step": 3.0}, r"/step: expected an integer, got float32"),
+    "step a boolean": ({"step": True}, r"/step: expected an integer, got bool"),
+    "step None": ({"step": None}, r"/step: expected an integer, got None"),
+    "step a vector": ({"step": np.ones(2, int)}, r"/step: expected an integer, got int"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_state_that_does_not_fit_is_refused_by_path(case: str) -> None:
+    state, message = UNFIT[case]
+    if isinstance(state, dict) and not case.startswith(("no ", "another")):
+        state = {**SAVED, **state}
+    params = {"w": jnp.zeros(2), "n": jnp.int32(0), "empty": None}
+    for template in (EMATarget(params, 0.3), PeriodicTarget(params, 2)):
+        with pytest.raises(ValueError, match=message):
+            serialization.from_state_dict({"target": template}, {"target": state})
+        assert_same(template.params, params)
+        assert template.step == 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "held", "fits"),
+    [
+        ("bfloat16", "float32", True),
+        ("float16", "float32", True),
+        ("float32", "bfloat16", False),
+        ("float16", "bfloat16", False),
+        ("bfloat16", "float16", False),
+        ("float64", "float32", False),
+        ("float8_e4m3fn", "float32", True),
+        ("float32", "float8_e5m2", False),
+    ],
+)
+def test_another_accumulator_is_cast_if_nothing_can_be_lost(saved: str, held: str, fits: bool) -> None:
+    template = EMATarget({"w": jnp.zeros(2)}, 0.3, accumulator_dtype=held)
+    state = {"step": 1, "params": {"w": np.ones(2).astype(jnp.dtype(saved))}}
+    if fits:
+        restored = serialization.from_state_dict(template, state)
+        assert jax.tree.leaves(restored)[0].dtype == held
+    else:
+        with pytest.raises(ValueError, match=rf"\./params/w: expected {held}\[2\], .* got {saved}\[2\]"):
+            serialization.from_state_dict(template, state)
+
+
+def test_a_key_of_another_implementation_is_refused() -> None:
+    target = PeriodicTarget({"key": jax.random.key(0, impl="rbg")}, 2)
+    with pytest.raises(ValueError, match=r"\./params/key: expected uint32\[2\]"):
+        through_bytes(target, PeriodicTarget({"key": jax.random.key(0)}, 2))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:3], lambda b: b[:0], lambda b: b + b"x"]
+)
+def test_undecodable_bytes_are_msgpacks_own_error(damage: Callable[[bytes], bytes]) -> None:
+    target = EMATarget({"w": jnp.zeros(2)}, 0.3)
+    with pytest.raises(ValueError, match=r"."):
+        serialization.from_bytes(target, damage(serialization.to_bytes(target)))
+    assert target.step == 0
+
+
+def test_tied_variables_in_a_whole_module_are_named() -> None:
+    class Tied(nnx.Module):
+        def __init__(self) -> None:
+            self.encoder = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.decoder = self.encoder
+
+    network = Tied()
+    target = EMATarget(nnx.state(network), 0.3)
+    assert_same(through_bytes(target, target).params, target.params)
+
+
+@pytest.mark.parametrize("kind", ["ema", "periodic"])
+def test_orbax_takes_the_target_as_a_pytree(kind: str, tmp_path: Path) -> None:
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16), "layers": [jnp.zeros(2)]}
+    target = MAKERS[kind](params).update(moved(params))
+    state = {"params": params, "target": target}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "alone", target)
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        alone = checkpointer.restore(tmp_path / "alone", MAKERS[kind](params))
+        within = checkpointer.restore(
+            tmp_path / "state", {"params": params, "target": MAKERS[kind](params)}
+        )
+    for restored in (alone, within["target"]):
+        assert type(restored) is type(target)
+        assert_same(restored.params, target.params)
+        assert restored.step == 1
+        assert_same(
+            restored.update(params).params, jax.tree.map(lambda x: x, target).update(params).params
+        )

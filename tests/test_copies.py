@@ -1,0 +1,124 @@
+"""Copies and pickles own their buffers; repr is one short line."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import arrays, assert_same, moved
+
+from target_nets import EMATarget, PeriodicTarget
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "deepcopy of an owner": lambda target: copy.deepcopy({"agent": [target]})["agent"][0],
+    "pickle": lambda target: pickle.loads(pickle.dumps(target)),
+}
+
+
+def half(n: jax.Array) -> jax.Array:
+    return 0.5 + 0 * n
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_own_their_buffers(how: str) -> None:
+    params = {"w": jnp.zeros(64), "h": jnp.zeros(2, jnp.bfloat16), "key": jax.random.key(0)}
+    for target in (
+        EMATarget(params, 0.5, update_period=2, donate=True),
+        EMATarget(params, jnp.float32(0.5)),
+        EMATarget(params, half, mask={"w": True, "h": False, "key": True}),
+        PeriodicTarget(params, 1, donate=True),
+        jax.jit(lambda t: t)(EMATarget(params, 0.5)),
+    ):
+        target.update(moved(params))
+        twin = COPIES[how](target)
+        assert type(twin) is type(target)
+        assert twin is not target
+        assert repr(twin) == repr(target)
+        assert type(twin.step) is type(target.step)
+        assert_same(twin.params, target.params)
+        assert jax.tree.structure(twin) == jax.tree.structure(target)  # compiles nothing again
+        ours, theirs = (
+            {
+                x.unsafe_buffer_pointer()
+                for x in jax.tree.leaves(t)
+                if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            }
+            for t in (target, twin)
+        )
+        assert not ours & theirs
+        before = arrays(twin)
+        target.update(moved(params)).update(moved(params)).sync(params)
+        for x, y in zip(before, arrays(twin), strict=True):
+            np.testing.assert_array_equal(x, y)
+        twin.update(moved(params))
+
+
+def test_copies_of_every_tree(tree: Any) -> None:
+    target = EMATarget(tree, 0.5).update(moved(tree))
+    for make_copy in (copy.copy, copy.deepcopy):
+        assert_same(make_copy(target).params, target.params)
+
+
+def test_a_copy_is_of_one_and_the_same_update() -> None:
+    target = EMATarget({"w": jnp.zeros(2)}, 1.0)
+    for step in range(1, 4):
+        target.update({"w": jnp.full(2, float(step))})
+        twin = copy.copy(target)
+        assert twin.step == twin.params["w"][0] == step
+
+
+def test_compared_by_identity() -> None:
+    params = {"w": jnp.zeros(2)}
+    target = EMATarget(params, 0.5)
+    assert target == target
+    assert target != EMATarget(params, 0.5)
+    assert len({target, EMATarget(params, 0.5)}) == 2
+
+
+def test_settings_are_fixed_and_attributes_known() -> None:
+    target = PeriodicTarget({"w": jnp.zeros(2)}, 3)
+    with pytest.raises(AttributeError):
+        target.params = {"w": jnp.ones(2)}  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        target.tau = 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        (
+            lambda p: EMATarget(p, 0.005),
+            "EMATarget(step=0, step_size=0.005, update_period=1, arrays=2, parameters=8, bytes=32)",
+        ),
+        (
+            lambda p: EMATarget(
+                p, jnp.float32(0.25), update_period=2, mask={"w": True, "b": False}, donate=True
+            ),
+            "EMATarget(step=0, step_size=0.25, update_period=2, averaged=1 of 2, donate=True, arrays=2, "
+            "parameters=8, bytes=32)",
+        ),
+        (
+            lambda p: EMATarget(p, half),
+            "EMATarget(step=0, step_size=half, update_period=1, arrays=2, parameters=8, bytes=32)",
+        ),
+        (
+            lambda p: PeriodicTarget(p, 100).update(p),
+            "PeriodicTarget(step=1, update_period=100, arrays=2, parameters=8, bytes=32)",
+        ),
+    ],
+)
+def test_repr(target: Any, text: str) -> None:
+    assert repr(target({"w": np.zeros((2, 3)), "b": jnp.zeros(2)})) == text
+
+
+def test_repr_of_every_tree_is_one_line(tree: Any) -> None:
+    for target in (EMATarget(tree, optax.linear_schedule(0.5, 0, 10)), PeriodicTarget(tree, 2)):
+        assert "\n" not in repr(target)
+        assert "bytes=" in repr(target)

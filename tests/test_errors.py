@@ -1,0 +1,244 @@
+"""Bad input names the argument or the key path, what was expected and what came; nothing changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same, moved
+
+from target_nets import EMATarget, PeriodicTarget
+
+START = {"a": {"w": jnp.zeros((3, 1)), "b": jnp.zeros(())}, "c": [jnp.arange(3), None]}
+ONLINE = moved(START)
+W = "online_params['a']['w']: expected float32[3, 1] as in the slow copy, got "
+
+
+def changed(path: str, value: Any) -> Any:
+    tree = jax.tree.map(lambda x: x, ONLINE)
+    tree["a"][path] = value
+    return tree
+
+
+def without_w() -> Any:
+    return {"a": {"b": ONLINE["a"]["b"]}, "c": ONLINE["c"]}
+
+
+ONLINES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "missing": (without_w, ValueError, W + "nothing"),
+    "extra": (lambda: changed("z", 1.0), ValueError, "online_params['a']['z']: expected nothing as in"),
+    "transposed": (lambda: changed("w", jnp.ones((1, 3))), ValueError, W + "float32[1, 3]"),
+    "broadcastable": (lambda: changed("w", jnp.ones((1, 1))), ValueError, W + "float32[1, 1]"),
+    "flat": (lambda: changed("w", jnp.ones(3)), ValueError, W + "float32[3]"),
+    "scalar": (lambda: changed("w", 1.0), ValueError, W + "float32[]"),
+    "None leaf": (lambda: changed("w", None), ValueError, W + "None"),
+    "array for None": (
+        lambda: {**ONLINE, "c": [ONLINE["c"][0], 1.0]},
+        ValueError,
+        "online_params['c'][1]: expected None as in the slow copy, got float32[]",
+    ),
+    "string leaf": (lambda: changed("w", "x"), TypeError, W + "str"),
+    "object leaf": (lambda: changed("w", object()), TypeError, W + "object"),
+    "array of strings": (lambda: changed("w", np.array(["x"])), TypeError, W + "<U1[1]"),
+    "complex into float": (
+        lambda: changed("w", jnp.ones((3, 1)) * 1j),
+        TypeError,
+        W + "complex64[3, 1]",
+    ),
+    "key into float": (lambda: changed("w", jax.random.key(0)), TypeError, W + "key<"),
+    "float into int": (
+        lambda: {**ONLINE, "c": [jnp.ones(3), None]},
+        TypeError,
+        "online_params['c'][0]: expected int32[3] as in the slow copy, got float32[3]",
+    ),
+    "tuple for list": (
+        lambda: {**ONLINE, "c": tuple(ONLINE["c"])},
+        ValueError,
+        "online_params['c']: expected list as in the slow copy, got tuple",
+    ),
+    "node for leaf": (lambda: changed("w", {"x": 1.0}), ValueError, W + "dict"),
+    "leaf for the whole tree": (lambda: 1.0, ValueError, "online_params: expected dict as in"),
+    "None for the whole tree": (lambda: None, ValueError, "online_params: expected dict as in"),
+    "string for the whole tree": (lambda: "x", ValueError, "online_params: expected dict as in"),
+}
+TARGETS: dict[str, Callable[[], Any]] = {
+    "ema": lambda: EMATarget(START, 0.5),
+    "ema, donate": lambda: EMATarget(START, 0.5, donate=True),
+    "ema, between periods": lambda: EMATarget(START, lambda n: 0.5 + 0 * n, update_period=10),
+    "ema, after jit": lambda: jax.jit(lambda t: t)(EMATarget(START, jnp.float32(0.5))),
+    "periodic": lambda: PeriodicTarget(START, 1),
+    "periodic, donate": lambda: PeriodicTarget(START, 1, donate=True),
+    "periodic, between periods": lambda: PeriodicTarget(START, 10),
+    "periodic, after jit": lambda: jax.jit(lambda t: t)(PeriodicTarget(START, 3)),
+}
+
+
+@pytest.mark.parametrize("make", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("case", ONLINES)
+def test_online_parameters_that_do_not_fit(make: Callable[[], Any], case: str) -> None:
+    bad, error, message = ONLINES[case]
+    target, good = make(), make()
+    before = jax.tree.map(np.array, target)
+    for method in (target.update, target.sync, target.distance):
+        with pytest.raises(error) as caught:
+            method(bad())
+        assert str(caught.value).startswith(message)
+    if case not in ("string leaf", "object leaf", "array of strings", "string for the whole tree"):
+        with pytest.raises(error) as caught:
+            jax.jit(lambda t, p: t.update(p))(target, bad())
+        assert str(caught.value).startswith(message)
+    assert_same(jax.tree.map(np.array, target), before)
+    for _ in range(2):
+        target.update(ONLINE)
+        good.update(ONLINE)
+    assert_same(target.params, good.params)
+    assert target.step == good.step
+    if "between" not in str(make):  # on later updates whenever they are read
+        with pytest.raises(error):
+            target.sync(bad())
+
+
+SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "string in params": (lambda: EMATarget({"a": "x"}, 0.5), TypeError, r"params\['a'\]: .* got str"),
+    "objects in params": (
+        lambda: PeriodicTarget([np.array([None])], 2),
+        TypeError,
+        r"params\[0\]: expected an array, got object",
+    ),
+    "abstract params": (
+        lambda: EMATarget(jax.eval_shape(lambda: START), 0.5),
+        TypeError,
+        r"params\['a'\]\['b'\]: expected an array, got ShapeDtypeStruct",
+    ),
+    "float0 in params": (
+        lambda: EMATarget(np.zeros(3, jax.dtypes.float0), 0.5),
+        TypeError,
+        r"params: expected an array, got .*float0",
+    ),
+    "step size below 0": (lambda: EMATarget(START, -0.1), ValueError, "step_size: .* got -0.1"),
+    "step size above 1": (lambda: EMATarget(START, 1.5), ValueError, "step_size: .* got 1.5"),
+    "step size nan": (lambda: EMATarget(START, float("nan")), ValueError, "step_size: .* got nan"),
+    "NumPy step size": (lambda: EMATarget(START, np.array(2.0)), ValueError, "step_size: .* got 2.0"),
+    "step size a string": (lambda: EMATarget(START, "0.1"), TypeError, "step_size: .* got str"),
+    "step size None": (lambda: EMATarget(START, None), TypeError, "step_size: .* got None"),
+    "step size a boolean": (lambda: EMATarget(START, True), TypeError, r"step_size: .* got bool\[\]"),
+    "step size complex": (lambda: EMATarget(START, 1j), TypeError, "step_size: .* got complex64"),
+    "step size a vector": (
+        lambda: EMATarget(START, jnp.ones(3)),
+        ValueError,
+        r"step_size: .* shape \[3\]",
+    ),
+    "step size a list": (lambda: EMATarget(START, [0.1]), TypeError, "step_size: .* got list"),
+    "schedule not hashable": (
+        lambda: EMATarget(START, _Unhashable()),
+        TypeError,
+        "step_size: .* hashable",
+    ),
+    "EMA period 0": (
+        lambda: EMATarget(START, 0.1, update_period=0),
+        ValueError,
+        "update_period: .* got 0",
+    ),
+    "period 0": (lambda: PeriodicTarget(START, 0), ValueError, "update_period: .* got 0"),
+    "period negative": (lambda: PeriodicTarget(START, -5), ValueError, "update_period: .* got -5"),
+    "period too large": (
+        lambda: PeriodicTarget(START, 2**31),
+        ValueError,
+        "update_period: .* 2147483648",
+    ),
+    "period a float": (lambda: PeriodicTarget(START, 2.0), TypeError, "update_period: .* got float32"),
+    "period a boolean": (lambda: PeriodicTarget(START, True), TypeError, "update_period: .* got bool"),
+    "period None": (lambda: PeriodicTarget(START, None), TypeError, "update_period: .* got None"),
+    "period a device array": (
+        lambda: PeriodicTarget(START, jnp.int32(2)),
+        TypeError,
+        "update_period: .*Python",
+    ),
+    "donate a number": (lambda: PeriodicTarget(START, 2, donate=1), TypeError, "donate"),
+    "mask of other structure": (
+        lambda: EMATarget(START, 0.1, mask={"a": True}),
+        ValueError,
+        "mask: .* prefix",
+    ),
+    "mask of numbers": (
+        lambda: EMATarget(START, 0.1, mask={"a": 1, "c": 0}),
+        TypeError,
+        "mask: .* got int",
+    ),
+    "mask of strings": (lambda: EMATarget(START, 0.1, mask="a"), TypeError, "mask: .* got str"),
+    "mask that returns None": (lambda: EMATarget(START, 0.1, mask=lambda p: None), ValueError, "mask: "),  # noqa: ARG005
+    "accumulator an integer": (
+        lambda: EMATarget(START, 0.1, accumulator_dtype=jnp.int32),
+        TypeError,
+        "accumulator_dtype: expected a floating dtype, got int32",
+    ),
+    "accumulator complex": (
+        lambda: EMATarget(START, 0.1, accumulator_dtype="complex64"),
+        TypeError,
+        "accumulator_dtype: expected a floating dtype, got complex64",
+    ),
+    "accumulator no dtype": (
+        lambda: EMATarget(START, 0.1, accumulator_dtype="x"),
+        TypeError,
+        "accumulator_dtype",
+    ),
+    "unknown argument": (lambda: EMATarget(START, 0.1, decay=0.9), TypeError, "decay"),
+    "settings by position": (lambda: EMATarget(START, 0.1, 2), TypeError, "positional"),
+}
+
+
+class _Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, n: jax.Array) -> jax.Array:
+        return n
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_cannot_be_meant(case: str) -> None:
+    make, error, message = SETTINGS[case]
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        (
+            lambda n: jnp.stack([n, n]),
+            ValueError,
+            r"as the schedule returned it: expected a scalar, got shape",
+        ),
+        (lambda n: "0.1", TypeError, "as the schedule returned it: expected a real scalar, got str"),  # noqa: ARG005
+        (lambda n: None, TypeError, "as the schedule returned it: expected a real scalar, got None"),  # noqa: ARG005
+        (
+            lambda n: n * 1j,
+            TypeError,
+            "as the schedule returned it: expected a real scalar, got complex64",
+        ),
+        (lambda n: 1 / 0, ZeroDivisionError, "division"),  # noqa: ARG005
+        (lambda: 0.1, TypeError, "argument"),
+        (lambda n: 0.1 if n > 3 else 0.2, jax.errors.TracerBoolConversionError, "boolean"),
+    ],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_schedules_that_fail(schedule: Any, error: type[Exception], message: str, jit: bool) -> None:
+    target = EMATarget(START, schedule)
+    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
+    with pytest.raises(error, match=message):
+        update(target, ONLINE)
+    assert target.step == 0
+    assert_same(target.params, START)
+
+
+def test_a_mistake_shows_on_the_first_update_and_costs_nothing_later() -> None:
+    target = PeriodicTarget(START, 10)
+    with pytest.raises(ValueError, match="got nothing"):
+        target.update(without_w())
+    target.update(ONLINE)
+    target.update(without_w())  # between syncs nothing is read, and nothing looked at
+    again = jax.tree.map(lambda x: x, target)
+    with pytest.raises(ValueError, match="got nothing"):
+        again.update(without_w())
