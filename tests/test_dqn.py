@@ -1,0 +1,146 @@
+"""The DQN example learns, stops, resumes to the bit, and refuses what it cannot use."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dqn
+import jax
+import numpy as np
+import pytest
+from conftest import arrays, assert_same
+from flax import serialization
+
+PROGRAM = Path(__file__).parent.parent / "examples" / "dqn.py"
+STEPS = 3 * dqn.BLOCK
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
+    monkeypatch.setattr(sys, "argv", ["dqn.py", *map(str, args)])
+    return dqn.main()
+
+
+@pytest.fixture(scope="module", name="uninterrupted", params=["ema", "periodic", "none"])
+def _uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert (
+            main(monkeypatch, "--target", request.param, "--steps", STEPS, "--seed", 3, "--out", out)
+            == 0
+        )
+    return request.param, out
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    uninterrupted: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    target, expected = uninterrupted
+    main(monkeypatch, "--target", target, "--steps", dqn.BLOCK, "--seed", 3, "--out", tmp_path)
+    for steps in (2 * dqn.BLOCK, STEPS):
+        main(monkeypatch, "--resume", "--steps", steps, "--out", tmp_path)
+        assert (
+            f"{steps - dqn.BLOCK}/{steps}" in capfd.readouterr().err
+        )  # the bar goes on where it stopped
+    resumed, whole = (dqn.load(path / "checkpoint.msgpack") for path in (tmp_path, expected))
+    assert_same(arrays(strip(resumed)), arrays(strip(whole)))
+    if target != "none":
+        assert resumed["target"]["step"] == 3 * dqn.GRADIENT_STEPS
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+
+
+def strip(saved: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(
+        np.asarray, {k: v for k, v in saved.items() if k not in ("format", "settings", "solved")}
+    )
+
+
+def test_the_closing_line(uninterrupted: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    _, out = uninterrupted
+    before = dqn.load(out / "checkpoint.msgpack")
+    assert main(monkeypatch, "--resume", "--out", out) == 0  # nothing left to do but to evaluate
+    last = capfd.readouterr().out.strip().splitlines()[-1]
+    assert re.fullmatch(r"mean return \d+\.\d over 20 episodes \(solved at 475\)", last)
+    after = dqn.load(out / "checkpoint.msgpack")
+    assert after["settings"] == before["settings"]
+    assert_same(strip(after), strip(before))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--target", "polyak"], "--target: invalid choice: 'polyak'"),
+        (["--steps", "0"], "--steps: 0 is not within 1 to 50000"),
+        (["--steps", "many"], "--steps: invalid"),
+        (["--seed", "-1"], "--seed: -1 is not within"),
+        (["--step", "10"], "unrecognized arguments: --step 10"),
+        (["--resume", "--out", "nowhere"], "there is no checkpoint nowhere"),
+        (["--out", __file__], "--out: "),
+    ],
+)
+def test_bad_arguments(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, *args)
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "foreign", "another format", "another shape", "text"]
+)
+def test_a_checkpoint_that_cannot_be_used(
+    how: str, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    content = (uninterrupted[1] / "checkpoint.msgpack").read_bytes()
+    saved = serialization.msgpack_restore(content)
+    bad = {
+        "truncated": lambda: content[: len(content) // 2],
+        "empty": lambda: b"",
+        "foreign": lambda: serialization.to_bytes({"params": {"w": np.ones(3)}}),
+        "another format": lambda: serialization.to_bytes({**saved, "format": "dqn 0"}),
+        "another shape": lambda: serialization.to_bytes(
+            {**saved, "replay": {"reward": np.ones((3, 3))}}
+        ),
+        "text": lambda: b"no checkpoint",
+    }[how]()
+    path = tmp_path / "checkpoint.msgpack"
+    path.write_bytes(bad)
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, "--resume", "--out", tmp_path)
+    assert "is damaged or no checkpoint of this program" in capfd.readouterr().err
+    assert path.read_bytes() == bad
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_settings_of_another_run(
+    uninterrupted: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, "--resume", "--out", uninterrupted[1], "--seed", 4)
+    assert "--seed: the checkpoint in" in capfd.readouterr().err
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), "--seed", "1", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(0.1)
+        assert process.stderr is not None
+        text = ""
+        while "return=" not in text:  # the first block is done
+            text += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    found = re.search(r"interrupted at step (\d+); to go on: python examples/dqn.py (.*) --resume", out)
+    assert found
+    assert (
+        len(dqn.load(tmp_path / "checkpoint.msgpack")["replay"]["reward"]) == int(found[1]) >= dqn.BLOCK
+    )
+    assert not list(tmp_path.glob("*.tmp"))
