@@ -51,7 +51,7 @@ def apply_updates(params: Tree, updates: Any) -> Tree:
       {'w': Array([1.5, 1.5], dtype=float32)}
     """
     names = ("updates", "params")
-    return named(_add_trees, _prune(updates, params), params, names=names)
+    return named(_add_trees, _prune(updates, params), own_numpy(params), names=names)
 
 
 def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLike) -> Tree:
@@ -90,7 +90,8 @@ def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLik
     """
     step_size = check_step_size(step_size)
     names = ("new_tensors", "old_tensors")
-    return named(_average_trees, new_tensors, _prune(old_tensors, new_tensors), step_size, names=names)
+    old_tensors = own_numpy(_prune(old_tensors, new_tensors))
+    return named(_average_trees, new_tensors, old_tensors, step_size, names=names)
 
 
 def periodic_update(
@@ -135,10 +136,10 @@ def periodic_update(
     names = ("new_tensors", "old_tensors")
     if isinstance(steps, int) and isinstance(update_period, int):
         if steps % update_period == 0:
-            return named(_copy_trees, new_tensors, old_tensors, names=names)
+            return named(_copy_trees, new_tensors, own_numpy(old_tensors), names=names)
         match(new_tensors, old_tensors, names)
         return old_tensors
-    return named(_choose_trees, new_tensors, old_tensors, steps, update_period, names=names)
+    return named(_choose_trees, new_tensors, own_numpy(old_tensors), steps, update_period, names=names)
 
 
 # The arithmetic, leaf by leaf
@@ -224,17 +225,18 @@ def _add_trees(updates: Any, params: Tree) -> Tree:
 
 def named(rule: Callable[..., Any], new: Any, old: Any, *args: Any, names: Names, **static: Any) -> Any:
     """Calls a compiled rule; where jit refuses an argument, says which leaf it was."""
-    new, old = own_numpy(new), own_numpy(old)
-    with suppress(TypeError):
-        return rule(new, old, *args, **static)
-    match(new, old, names)
-    return rule(new, old, *args, **static)
+    try:
+        return rule(own_numpy(new), old, *args, **static)
+    except TypeError:
+        match(new, old, names)
+        raise
 
 
 def own_numpy(tree: Tree) -> Tree:
     """The tree with copies of its NumPy arrays: jax may read them after the call, or share them."""
-    if any(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
-        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, np.ndarray):
+            return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
     return tree
 
 
@@ -262,12 +264,12 @@ def match(new: Any, old: Any, names: Names) -> tuple[list[tuple[Any, Any]], Any]
         differences = list(_differences(new, old, ()))
         # A None may be meant (see `_prune`), so whatever else differs is told first.
         path, got, expected = min(differences, key=lambda found: found[1] == "None")
-        raise ValueError(_mismatch(names, keystr(path), got, expected))
+        raise ValueError(_mismatch(names, keystr(path), got, expected)) from None
     pairs = list(zip(new_leaves, old_leaves, strict=True))
     for index, (x, y) in enumerate(pairs):
         error = _leaf_error(x, y)
         if error is not None:
-            raise error(_mismatch(names, _path(new, index), describe(x), describe(y)))
+            raise error(_mismatch(names, _path(new, index), describe(x), describe(y))) from None
     return pairs, treedef
 
 

@@ -117,31 +117,25 @@ class _Target(Generic[P]):
           Whatever is raised, the target is as it was before.
         """
         move, tick = self._compiled("update")
-        state, settings = self._state, self._settings
-        step_size = settings.step_size if state.step_size is None else state.step_size
-        static = {"schedule": settings.schedule, "averaged": settings.averaged}
-        period = settings.update_period
-        if np.ndim(state.step):
-            raise ValueError(
-                f"the target is a population, its step of shape {np.shape(state.step)}: "
-                "update it inside jax.vmap"
-            )
-        if isinstance(state.step, jax.Array):  # traced, or on the device after jit
-            args = (online_params, state.params, step_size, state.step)
-            params, step = rules.named(tick, *args, names=_NAMES, period=period, **static)
+        settings, (slow, step, array) = self._settings, self._state
+        schedule, averaged, period = settings.schedule, settings.averaged, settings.update_period
+        step_size = settings.step_size if array is None else array
+        if np.ndim(step):
+            shape = list(np.shape(step))
+            raise ValueError(f"a population, with steps of shape {shape}: update it inside jax.vmap")
+        if isinstance(step, jax.Array):  # traced, or on the device after jit
+            static = {"schedule": schedule, "averaged": averaged, "period": period}
+            slow, step = rules.named(tick, online_params, slow, step_size, step, names=_NAMES, **static)
         else:
-            count = _next(int(state.step), period)
-            step = _on_host(count)
+            count = _next(int(step), period)
             if count % period == 0:
-                n = _on_host(count // period - 1)
-                params = rules.named(
-                    move, online_params, state.params, step_size, n, names=_NAMES, **static
-                )
-            else:
-                params = state.params
-                if not self._matched:
-                    rules.match(online_params, params, _NAMES)
-        self._state = state._replace(params=params, step=step)
+                static = {"schedule": schedule, "averaged": averaged}
+                n = None if schedule is None else _on_host(count // period - 1)
+                slow = rules.named(move, online_params, slow, step_size, n, names=_NAMES, **static)
+            elif not self._matched:
+                rules.match(online_params, slow, _NAMES)
+            step = _on_host(count)
+        self._state = _State(slow, step, array)
         self._matched = True
         return self
 
