@@ -143,8 +143,8 @@ BAD_TENSORS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "extra": ({"w": 1.0, "v": 2.0}, {"w": 1.0}, ValueError, r"\['v'\]: expected nothing"),
     "transposed": (jnp.ones((2, 3)), jnp.ones((3, 2)), ValueError, r": expected float32\[3, 2\]"),
     "broadcastable": (
-        [np.ones((3, 1))],
-        [np.ones((1, 3))],
+        [jnp.ones((3, 1))],
+        [jnp.ones((1, 3))],
         ValueError,
         r"\[0\]: .* got float32\[3, 1\]",
     ),
@@ -245,3 +245,35 @@ def test_rules_in_one_step_after_another_under_scan() -> None:
         slow += 0.25 * (value - slow)
         expected.append(slow)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("step_size", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("new", [2.0, 1.0])
+def test_derivatives_are_those_of_the_textbook_formula(new: float, step_size: float) -> None:
+    args = ({"w": jnp.array([new, 3.0])}, {"w": jnp.array([1.0, 2.0])}, step_size)
+
+    def total(rules: Any) -> Any:
+        return lambda *args: jnp.sum(rules.incremental_update(*args)["w"] ** 2)
+
+    ours, theirs = (jax.grad(total(rules), argnums=(0, 1))(*args) for rules in (target_nets, optax))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), ours, theirs)
+    if 0 < step_size < 1:
+        ours, theirs = (jax.grad(total(rules), argnums=2)(*args) for rules in (target_nets, optax))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    ours, theirs = (
+        jax.grad(
+            lambda *args, rules=rules: jnp.sum(rules.periodic_update(*args, jnp.int32(4), 2)["w"] ** 2)
+        )(*args[:2])
+        for rules in (target_nets, optax)
+    )
+    assert_same(ours, theirs)
+
+
+def test_derivatives_through_updates_of_a_target() -> None:
+    def loss(scale: jax.Array) -> jax.Array:
+        target = target_nets.EMATarget({"w": jnp.ones(3), "n": jnp.int32(0)}, 0.25)
+        for step in range(3):
+            target.update({"w": scale * jnp.ones(3), "n": jnp.int32(step)})
+        return jnp.sum(target.params["w"])
+
+    np.testing.assert_allclose(jax.grad(loss)(1.0), 3 * (1 - 0.75**3), rtol=1e-6)
