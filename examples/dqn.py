@@ -183,6 +183,7 @@ class Run:
         self.solved = False
         self.actions: list[int] = []  # of the episode under way
         self.returns: list[tuple[int, float]] = []  # (step, return) of each episode
+        self.values: list[tuple[int, float]] = []  # (step, mean value that the network predicts)
         self.distances: list[tuple[int, float]] = []
         self.scores: list[tuple[int, float]] = []  # of the greedy policy
         self._reset()
@@ -192,19 +193,18 @@ class Run:
         """Environment steps so far."""
         return self.replay.size
 
-    def block(self) -> float:
-        """Acts for a block of steps, learns, and looks whether that will do; returns the mean value."""
+    def block(self) -> None:
+        """Acts for a block of steps, learns, and looks whether that will do."""
         rng = np.random.default_rng((self.settings["seed"], self.step))
         for _ in range(min(BLOCK, self.settings["steps"] - self.step)):
             explore = rng.random() < EXPLORATION(self.step)
             self._act(int(rng.integers(2)) if explore else int(self.agent.act(self.observation)))
-        value = self.agent.learn(self.replay.sample(rng, GRADIENT_STEPS))
+        self.values.append((self.step, self.agent.learn(self.replay.sample(rng, GRADIENT_STEPS))))
         score = evaluate(self.agent, rng, 10).mean()
         self.distances.append((self.step, self.agent.distance()))
         self.scores.append((self.step, float(score)))
         # DQN on CartPole peaks and falls: stop at a peak that holds on other episodes, too.
         self.solved = bool(score >= 490 and evaluate(self.agent, rng, 40).mean() >= 490)
-        return value
 
     def _act(self, action: int) -> None:
         following, reward, terminated, truncated, _ = self.environment.step(action)
@@ -239,6 +239,7 @@ class Run:
             "solved": self.solved,
             "actions": np.array(self.actions, np.int32),
             "returns": np.array(self.returns).reshape(-1, 2),
+            "values": np.array(self.values).reshape(-1, 2),
             "distances": np.array(self.distances).reshape(-1, 2),
             "scores": np.array(self.scores).reshape(-1, 2),
         }
@@ -255,10 +256,8 @@ class Run:
         ).items():
             setattr(self.agent, name, value)
         self.solved = saved["solved"]
-        self.returns, self.distances, self.scores = (
-            [(int(step), float(value)) for step, value in saved[name]]
-            for name in ("returns", "distances", "scores")
-        )
+        for name in ("returns", "values", "distances", "scores"):
+            setattr(self, name, [(int(step), float(value)) for step, value in saved[name]])
         self._reset()
         self.actions = [int(action) for action in saved["actions"]]
         for action in self.actions:
@@ -301,10 +300,9 @@ def draw(run: Run, path: Path) -> None:
     if run.scores:
         above.plot(*zip(*run.scores, strict=True), color="tab:blue", label="greedy policy, mean of 10")
     above.axhline(SOLVED, color="tab:green", linestyle="--", linewidth=1, label=f"solved at {SOLVED}")
-    above.set(
-        ylabel="return", ylim=(0, 515), title=f"DQN on {ENVIRONMENT}, target: {run.settings['target']}"
-    )
-    above.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+    above.set(ylabel="return", ylim=(0, 515))
+    above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
+    figure.suptitle(f"DQN on {ENVIRONMENT}, target: {run.settings['target']}")
     if run.distances:
         below.plot(*zip(*run.distances, strict=True), color="tab:orange")
     below.set(xlabel="environment steps", ylabel="|online - target|", ylim=(0, None))
@@ -339,10 +337,14 @@ def learn(run: Run, out: Path) -> bool:
     ):
         blocks = 0
         while run.step < settings["steps"] and not run.solved and not interrupted:
-            value = run.block()
+            run.block()
             recent = np.mean([value for _, value in run.returns[-20:]] or [0])
             bar.set_postfix(
-                {"return": f"{recent:.0f}", "greedy": f"{run.scores[-1][1]:.0f}", "Q": f"{value:.3g}"}
+                {
+                    "return": f"{recent:.0f}",
+                    "greedy": f"{run.scores[-1][1]:.0f}",
+                    "Q": f"{run.values[-1][1]:.3g}",
+                }
             )
             bar.update(run.step - bar.n)
             blocks += 1
