@@ -120,6 +120,31 @@ def test_a_schedule_and_a_number_compile_once(trace_counter: Any) -> None:
     assert len(compiled) == 1
 
 
+def test_reading_161_bfloat16_arrays_is_one_compiled_call(trace_counter: Any) -> None:
+    target = EMATarget([jnp.ones(3, jnp.bfloat16)] * 161, 0.5)
+    with trace_counter() as compiled:
+        target.params  # noqa: B018 -- the read is what is counted
+        assert len(compiled) == 1
+        assert {x.dtype for x in target.params} == {jnp.dtype(jnp.bfloat16)}
+    assert len(compiled) == 1
+    plain = EMATarget([jnp.ones(3)] * 2, 0.5)
+    assert plain.params[0] is plain.params[0]  # no cast, no call
+
+
+def test_between_periods_nothing_starts_on_the_device(trace_counter: Any) -> None:
+    for target in (
+        PeriodicTarget(START, 100),
+        EMATarget(START, lambda n: 0.5 + 0 * n, update_period=100),
+    ):
+        before = target.params
+        with trace_counter() as compiled, jax.transfer_guard("disallow"):
+            for step in range(5):
+                target.update(online(step))
+        assert not compiled
+        assert all(x is y for x, y in zip(target.params.values(), before.values(), strict=True))
+        assert target.step == 5
+
+
 def test_update_period() -> None:
     target = EMATarget(START, 0.5, update_period=3)
     for step in range(7):
