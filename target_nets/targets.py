@@ -3,12 +3,14 @@
 `EMATarget` averages, `PeriodicTarget` copies. Both are plain objects, updated in place, and pytrees,
 so that the same code works in eager Python and inside jax's transformations.
 
-Two traps that no check can see:
+Three traps that no check can see:
 
 - A target updated inside `jax.jit` or `nnx.jit` that is neither returned nor part of an nnx object
   keeps its old value outside: `jit` gave the function a copy. Return it.
 - Whoever reads `target.params` inside `jit` without passing the target in compiles its value as a
   constant, and never sees a later update. Pass the target in.
+- `nnx.Optimizer(agent, ..., wrt=nnx.Param)` over an agent that owns a target holds the slow copy, too,
+  and weight decay would shrink it. Build the optimizer over the network.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
-from jax.tree_util import GetAttrKey
+from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
 from jax.typing import ArrayLike, DTypeLike
 
 from target_nets import rules
@@ -93,7 +95,7 @@ class _Target(Generic[P]):
         return _cast(params, dtypes=dtypes)
 
     @property
-    def step(self) -> Any:
+    def step(self) -> jax.Array | np.ndarray[Any, np.dtype[np.int32]]:
         """How many updates so far: a 0-d int32 array, on the host until it has been through jit.
 
         It stays within int32: after the largest multiple of the update period up to 2**31-1 it goes
@@ -392,7 +394,7 @@ def _cast(params: P, dtypes: tuple[Any, ...]) -> P:
 def _distance(online: Any, slow: Any) -> jax.Array:
     pairs, _ = rules.match(online, slow, _NAMES)
     gaps = [rules.gap(new, old) for new, old in pairs if jnp.issubdtype(old.dtype, jnp.inexact)]
-    return jnp.sqrt(sum((jnp.vdot(gap, gap).real for gap in gaps), jnp.float32(0)))
+    return jnp.sqrt(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), jnp.float32(0)))
 
 
 # What the constructors make of their arguments
@@ -410,13 +412,13 @@ def _resolved(mask: Mask, params: Any) -> bool | tuple[bool, ...]:
     if callable(mask) and rules.is_leaf(mask):  # a Module of booleans is callable, too
         mask = mask(params)
 
-    def spread(value: Any, branch: Any) -> Any:
+    def spread(path: rules.Path, value: Any, branch: Any) -> Any:
         if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"mask: expected booleans, got {type(value).__name__}")
+            raise TypeError(f"mask{keystr(path)}: expected a boolean, got {rules.describe(value)}")
         return jax.tree.map(lambda _: bool(value), branch)
 
     try:
-        averaged = tuple(jax.tree.leaves(jax.tree.map(spread, mask, params)))
+        averaged = tuple(jax.tree.leaves(tree_map_with_path(spread, mask, params)))
     except ValueError as error:
         raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
     return all(averaged) or averaged

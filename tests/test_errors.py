@@ -165,7 +165,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mask of numbers": (
         lambda: EMATarget(START, 0.1, mask={"a": 1, "c": 0}),
         TypeError,
-        "mask: .* got int",
+        r"mask\['a'\]: .* got int",
     ),
     "mask of strings": (lambda: EMATarget(START, 0.1, mask="a"), TypeError, "mask: .* got str"),
     "mask that returns None": (lambda: EMATarget(START, 0.1, mask=lambda p: None), ValueError, "mask: "),  # noqa: ARG005
