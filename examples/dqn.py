@@ -11,8 +11,12 @@ any such program has: a replay buffer, an environment, a progress bar and a chec
 
 import argparse
 import functools
+import hashlib
+import itertools
 import os
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -266,9 +270,11 @@ class Run:
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint so that, whatever happens, the path holds the old one or the new one."""
+    saved = serialization.to_state_dict(state)
+    content = serialization.to_bytes({**saved, "checksum": checksum(saved)})
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        file.write(serialization.to_bytes(state))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -284,10 +290,17 @@ def load(path: Path) -> dict[str, Any]:
         saved = serialization.msgpack_restore(content)
         if saved["format"] != FORMAT:
             raise ValueError(f"its format is {saved['format']!r}")
+        if saved.pop("checksum") != checksum(saved):
+            raise ValueError("its checksum differs")
         Run(**saved["settings"]).restore(saved)
     except Exception as error:  # damaged bytes make decoders stumble in any way
         raise ValueError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     return saved
+
+
+def checksum(saved: dict[str, Any]) -> str:
+    """Of what a checkpoint holds: msgpack itself does not notice a flipped bit."""
+    return hashlib.sha256(serialization.msgpack_serialize(saved)).hexdigest()
 
 
 def draw(run: Run, path: Path) -> None:
@@ -318,6 +331,7 @@ def interruptible() -> Iterator[list[int]]:
     def remember(number: int, _: Any) -> None:
         signals.append(number)
         signal.signal(signal.SIGINT, previous)
+        tqdm.write("interrupted: finishing this block, then saving; Ctrl-C again stops at once")
 
     previous = signal.signal(signal.SIGINT, remember)
     try:
@@ -326,53 +340,43 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def learn(run: Run, out: Path) -> bool:
-    """Trains until solved or out of steps, and saves; returns whether it was interrupted instead."""
-    settings = run.settings
-    with (
-        interruptible() as interrupted,
-        tqdm(
-            total=settings["steps"], initial=run.step, unit="step", desc=f"dqn, {settings['target']}"
-        ) as bar,
-    ):
-        blocks = 0
-        while run.step < settings["steps"] and not run.solved and not interrupted:
+def learn(run: Run, out: Path, interrupted: list[int]) -> None:
+    """Trains until solved, out of steps or interrupted, and saves."""
+    steps = run.settings["steps"]
+    checkpoint = out / "checkpoint.msgpack"
+    with tqdm(total=steps, initial=run.step, unit="step", desc=f"dqn, {run.settings['target']}") as bar:
+        for block in itertools.count(1):
+            if run.step >= steps or run.solved or interrupted:
+                break
             run.block()
             recent = np.mean([value for _, value in run.returns[-20:]] or [0])
-            bar.set_postfix(
-                {
-                    "return": f"{recent:.0f}",
-                    "greedy": f"{run.scores[-1][1]:.0f}",
-                    "Q": f"{run.values[-1][1]:.3g}",
-                }
-            )
+            score, value = run.scores[-1][1], run.values[-1][1]
+            bar.set_postfix({"return": f"{recent:.0f}", "greedy": f"{score:.0f}", "Q": f"{value:.3g}"})
             bar.update(run.step - bar.n)
-            blocks += 1
-            if blocks % 10 == 0:
-                save(run.state(), out / "checkpoint.msgpack")
-        save(run.state(), out / "checkpoint.msgpack")
-        draw(run, out / "learning_curve.png")
-    return bool(interrupted) and run.step < settings["steps"] and not run.solved
+            if block % 10 == 0:
+                save(run.state(), checkpoint)
+        save(run.state(), checkpoint)
+    draw(run, out / "learning_curve.png")
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
 
-    def at_least(low: int, high: int) -> Any:
-        def number(text: str) -> int:
+    def within(low: int, high: int) -> Any:
+        def integer(text: str) -> int:
             value = int(text)
             if not low <= value <= high:
                 raise argparse.ArgumentTypeError(f"{value} is not within {low} to {high}")
             return value
 
-        return number
+        return integer
 
     parser = argparse.ArgumentParser(description="Deep Q-learning on CartPole-v1.", allow_abbrev=False)
     parser.add_argument("--target", choices=("ema", "periodic", "none"), help="the target network (ema)")
     parser.add_argument(
-        "--steps", type=at_least(1, MAX_STEPS), help=f"environment steps at most ({MAX_STEPS})"
+        "--steps", type=within(1, MAX_STEPS), help=f"environment steps at most ({MAX_STEPS})"
     )
-    parser.add_argument("--seed", type=at_least(0, 2**31 - 1), help="of everything random (0)")
+    parser.add_argument("--seed", type=within(0, 2**31 - 1), help="of everything random (0)")
     parser.add_argument(
         "--out", type=Path, help="folder of checkpoint and picture (runs/dqn-TARGET-SEED)"
     )
@@ -399,12 +403,21 @@ def main() -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out: {error}")
-    run = Run(**settings)
-    if saved is not None:
-        run.restore(saved)
-    if learn(run, out):
-        print(f"interrupted at step {run.step}; to go on: python examples/dqn.py --out {out} --resume")
+        parser.error(f"--out: {out} is no folder, and cannot be made one: {error}")
+    try:
+        with interruptible() as interrupted:
+            run = Run(**settings)
+            if saved is not None:
+                run.restore(saved)
+            learn(run, out, interrupted)
+    except KeyboardInterrupt:
+        print(f"stopped at once; {out} holds what was saved last")
+        return 130
+    ended = "solved" if run.solved else "interrupted" if interrupted else "ended"
+    print(f"{ended} after {run.step} steps; checkpoint and learning curve in {out}")
+    if ended == "interrupted" and run.step < settings["steps"]:
+        again = [sys.executable, sys.argv[0], "--out", str(out), "--resume"]
+        print(f"to go on: {shlex.join(again)}")
         return 130
     returns = evaluate(run.agent, np.random.default_rng((settings["seed"], MAX_STEPS + 1)), 20)
     print(f"mean return {returns.mean():.1f} over {len(returns)} episodes (solved at {SOLVED})")

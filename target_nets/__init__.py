@@ -1,6 +1,25 @@
-"""Target networks for JAX: slow copies of a model's parameters."""
+"""Target networks for JAX: slow copies of a model's parameters.
 
-from target_nets import serialization  # registers the classes with flax.serialization
+`EMATarget` holds a moving average of the online parameters, `PeriodicTarget` a copy taken every so many
+updates. `apply_updates`, `incremental_update` and `periodic_update` are the rules underneath, by optax's
+names. A target is updated in place and is a pytree; flax.serialization saves it.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from target_nets import EMATarget
+  >>> params = {"w": jnp.zeros(2)}
+  >>> target = EMATarget(params, step_size=0.5)
+  >>> for _ in range(3):
+  ...     params = {"w": params["w"] + 1.0}  # your gradient step
+  ...     target.update(params)  # doctest: +ELLIPSIS
+  EMATarget(step=1, ...)
+  EMATarget(step=2, ...)
+  EMATarget(step=3, ...)
+  >>> target.params["w"]
+  Array([2.125, 2.125], dtype=float32)
+"""
+
+from target_nets import serialization as serialization  # registers the classes with flax.serialization
 from target_nets.rules import apply_updates, incremental_update, periodic_update
 from target_nets.targets import EMATarget, PeriodicTarget
 
@@ -12,5 +31,4 @@ __all__ = [
     "apply_updates",
     "incremental_update",
     "periodic_update",
-    "serialization",
 ]

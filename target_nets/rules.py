@@ -316,7 +316,7 @@ def _array_type(x: Any) -> Any:
         return None
     try:
         return jax.typeof(x)
-    except TypeError:
+    except (TypeError, ValueError):  # the latter for an nnx.Variable
         return None
 
 
@@ -340,7 +340,11 @@ def _differences(new: Any, old: Any, path: Path) -> Iterator[tuple[Path, str, st
         for key in [key for key in new_children if key not in old_children]:
             yield (*path, *key), describe(new_children[key]), "nothing"
     elif new_node != old_node:
-        yield path, f"{describe(new)} with other static data", describe(old)
+        yield (
+            path,
+            f"{describe(new)} with other static data (settings, or train or eval mode)",
+            describe(old),
+        )
     else:
         for key in old_children:
             yield from _differences(new_children[key], old_children[key], (*path, *key))
@@ -381,10 +385,12 @@ def _path(tree: Any, index: int) -> str:
 
 def describe(x: Any) -> str:
     """What a leaf or a node is, for a message."""
-    array = x if isinstance(x, jax.Array | np.ndarray | np.generic) else _array_type(x)
-    if array is None:
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        return f"{x.dtype}{list(x.shape)}"
+    aval = _array_type(x) if is_leaf(x) else None
+    if aval is None:
         return "None" if x is None else type(x).__name__
-    return f"{array.dtype}{list(array.shape)}"
+    return f"{aval.dtype}{list(aval.shape)}"
 
 
 def check_step_size(step_size: Any) -> Any:

@@ -106,6 +106,8 @@ class _Target(Generic[P]):
     def update(self, online_params: P) -> Self:
         """Counts an update and, where one is due, moves the slow copy. In place.
 
+        So whoever holds this target sees the change; `copy.copy(target)` keeps an old one.
+
         Args:
           online_params: The online parameters, with the structure and shapes of `params`.
 
@@ -122,9 +124,7 @@ class _Target(Generic[P]):
         settings, (slow, step, array) = self._settings, self._state
         schedule, averaged, period = settings.schedule, settings.averaged, settings.update_period
         step_size = settings.step_size if array is None else array
-        if np.ndim(step):
-            shape = list(np.shape(step))
-            raise ValueError(f"a population, with steps of shape {shape}: update it inside jax.vmap")
+        _refuse_population("update", step)
         if isinstance(step, jax.Array):  # traced, or on the device after jit
             static = {"schedule": schedule, "averaged": averaged, "period": period}
             slow, step = rules.named(tick, online_params, slow, step_size, step, names=_NAMES, **static)
@@ -171,6 +171,7 @@ class _Target(Generic[P]):
         Raises:
           ValueError, TypeError: As `update` does.
         """
+        _refuse_population("distance", self._state.step)
         return rules.named(_distance, online_params, self._state.params, names=_NAMES)
 
     def _compiled(self, method: str) -> tuple[Any, Any]:
@@ -225,8 +226,9 @@ class EMATarget(_Target[P]):
     """A target whose parameters are a moving average of the online parameters (Polyak averaging).
 
     Args:
-      params: The parameters to start from: a tree of arrays of any shapes and dtypes. They are copied;
-        where they are placed, the slow copy stays.
+      params: The parameters to start from: a tree of arrays of any shapes and dtypes (of an Equinox
+        module, `eqx.filter(module, eqx.is_array)`). They are copied; where they are placed, the slow
+        copy stays.
       step_size: How far an update moves the slow copy towards the online parameters, in [0, 1]; that
         is, 1 - decay. A number; a scalar array, which is a leaf of the target and may be swept with
         `vmap`; or a schedule, a hashable callable of the number of averagings done before this one.
@@ -364,6 +366,12 @@ def _next(step: Any, period: int) -> Any:
     """The step after this one; past int32 it goes back by a period, so that periods are kept."""
     last = rules.INT32_MAX // period * period
     return step + 1 - period * (step >= last)
+
+
+def _refuse_population(method: str, step: Any) -> None:
+    if np.ndim(step):
+        shape = list(np.shape(step))
+        raise ValueError(f"{method}: a population, its step of shape {shape}; call it inside jax.vmap")
 
 
 def _on_host(step: int) -> np.ndarray:

@@ -43,7 +43,8 @@ def _params(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_donated_online_parameters_leave_the_target(kind: str, params: Any) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_donated_online_parameters_leave_the_target(kind: str, params: Any, compiled: bool) -> None:
     target = MAKERS[kind](params)
     for method in ("update", "sync", "update"):
         expected, before = arrays(params), params
@@ -52,7 +53,8 @@ def test_donated_online_parameters_leave_the_target(kind: str, params: Any) -> N
         if method == "update" and target.step == 0:
             for x, y in zip(arrays(target.params), expected, strict=True):
                 np.testing.assert_array_equal(x, y)  # as constructed
-        getattr(target, method)(params)
+        with jax.disable_jit(not compiled):  # where nothing is copied that is not told to be
+            getattr(target, method)(params)
     before = params
     trained(params)
     assert deleted(before)

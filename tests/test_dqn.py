@@ -1,6 +1,7 @@
 """The DQN example learns, stops, resumes to the bit, and refuses what it cannot use."""
 
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,11 +78,11 @@ def test_the_closing_line(uninterrupted: Any, monkeypatch: pytest.MonkeyPatch, c
     [
         (["--target", "polyak"], "--target: invalid choice: 'polyak'"),
         (["--steps", "0"], "--steps: 0 is not within 1 to 50000"),
-        (["--steps", "many"], "--steps: invalid"),
+        (["--steps", "1e4"], "--steps: invalid integer value: '1e4'"),
         (["--seed", "-1"], "--seed: -1 is not within"),
         (["--step", "10"], "unrecognized arguments: --step 10"),
         (["--resume", "--out", "nowhere"], "there is no checkpoint nowhere"),
-        (["--out", __file__], "--out: "),
+        (["--out", __file__], "is no folder"),
     ],
 )
 def test_bad_arguments(
@@ -93,7 +94,7 @@ def test_bad_arguments(
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "empty", "foreign", "another format", "another shape", "text"]
+    "how", ["truncated", "empty", "foreign", "another format", "another shape", "flipped bit", "text"]
 )
 def test_a_checkpoint_that_cannot_be_used(
     how: str, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
@@ -108,6 +109,7 @@ def test_a_checkpoint_that_cannot_be_used(
         "another shape": lambda: serialization.to_bytes(
             {**saved, "replay": {"reward": np.ones((3, 3))}}
         ),
+        "flipped bit": lambda: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
         "text": lambda: b"no checkpoint",
     }[how]()
     path = tmp_path / "checkpoint.msgpack"
@@ -117,6 +119,11 @@ def test_a_checkpoint_that_cannot_be_used(
     assert "is damaged or no checkpoint of this program" in capfd.readouterr().err
     assert path.read_bytes() == bad
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def _sealed(saved: dict[str, Any]) -> bytes:
+    del saved["checksum"]
+    return serialization.to_bytes({**saved, "checksum": dqn.checksum(saved)})
 
 
 def test_settings_of_another_run(
@@ -138,8 +145,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> No
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    found = re.search(r"interrupted at step (\d+); to go on: python examples/dqn.py (.*) --resume", out)
+    found = re.search(r"interrupted after (\d+) steps; .*\nto go on: (.*)\n", out)
     assert found
+    assert shlex.split(found[2]) == [*command[:2], "--out", str(tmp_path), "--resume"]
     assert (
         len(dqn.load(tmp_path / "checkpoint.msgpack")["replay"]["reward"]) == int(found[1]) >= dqn.BLOCK
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same, moved
+from flax import nnx
 
 from target_nets import EMATarget, PeriodicTarget
 
@@ -242,3 +243,20 @@ def test_a_mistake_shows_on_the_first_update_and_costs_nothing_later() -> None:
     again = jax.tree.map(lambda x: x, target)
     with pytest.raises(ValueError, match="got nothing"):
         again.update(without_w())
+
+
+def test_nnx_states_that_do_not_fit_are_named_by_path() -> None:
+    network = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    everything, parameters = nnx.state(network), nnx.state(network, nnx.Param)
+    for held, given, path, what in (
+        (parameters, everything, "mean", "expected nothing as in the slow copy, got BatchStat"),
+        (everything, parameters, "mean", "expected BatchStat as in the slow copy, got nothing"),
+    ):
+        target = EMATarget(held, 0.5)
+        for method in (target.update, target.sync, target.distance):
+            with pytest.raises(ValueError, match=rf"online_params\['{path}'\]: {what}"):
+                method(given)
+    with pytest.raises(ValueError, match=r"online_params.*: expected Linear .* with other static data"):
+        PeriodicTarget(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 5).update(
+            nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
+        )

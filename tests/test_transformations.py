@@ -99,10 +99,11 @@ def test_a_population_of_targets_with_their_own_step_sizes() -> None:
     np.testing.assert_allclose(targets.params["w"][:, 0], 1 - (1 - step_sizes) ** 2, rtol=1e-6)
     np.testing.assert_array_equal(targets.step, [2, 2, 2])
     assert "step=int32[3]" in repr(targets)
-    with pytest.raises(
-        ValueError, match=r"a population, with steps of shape \[3\]: update it inside jax.vmap"
-    ):
-        targets.update(ONLINE)
+    for method in (targets.update, targets.distance):
+        with pytest.raises(
+            ValueError, match=r"population, its step of shape \[3\]; call it inside jax.vmap"
+        ):
+            method(ONLINE)
     one = jax.tree.map(lambda x: x[1], targets)
     np.testing.assert_allclose(one.update(ONLINE).params["w"], 0.875)
 
