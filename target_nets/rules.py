@@ -203,7 +203,9 @@ def widened(dtype: Any) -> Any:
 
 
 def _arithmetic(new: jax.Array, old: jax.Array) -> Any:
-    return jnp.promote_types(widened(new.dtype), widened(old.dtype))
+    """The dtype to combine two leaves in: of the wider kind, and of that the larger one."""
+    dtypes = [widened(x.dtype) for x in (new, old)]
+    return max(reversed(dtypes), key=lambda dtype: (kind(dtype), dtype.itemsize))
 
 
 # The same over trees: one compiled call each
@@ -316,7 +318,7 @@ def _array_type(x: Any) -> Any:
         return None
     try:
         return jax.typeof(x)
-    except (TypeError, ValueError):  # the latter for an nnx.Variable
+    except (TypeError, ValueError, OverflowError):  # an nnx.Variable, an int past 64 bits
         return None
 
 
@@ -394,11 +396,13 @@ def describe(x: Any) -> str:
 
 
 def check_step_size(step_size: Any) -> Any:
-    """Returns a step size that may be used: a scalar, and where it is known now, within [0, 1]."""
-    real_scalar("step_size", step_size)
-    if not isinstance(step_size, jax.Array) and not 0 <= float(step_size) <= 1:
+    """A step size that may be used: a device scalar, or a plain number within [0, 1] as a float."""
+    plain = isinstance(step_size, (int, float)) and not isinstance(step_size, bool)
+    if not plain and isinstance(real_scalar("step_size", step_size), jax.Array):
+        return step_size
+    if not 0 <= step_size <= 1:
         raise ValueError(f"step_size: expected a number in [0, 1], got {step_size}")
-    return step_size
+    return float(step_size)
 
 
 def real_scalar(name: str, x: Any) -> Any:

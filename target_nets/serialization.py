@@ -93,28 +93,39 @@ def _restored_tree(template: Any, saved: Any, path: str) -> Any:
 
 def _restored_leaf(leaf: Any, saved: Any, path: str) -> Any:
     wanted = jax.eval_shape(jax.random.key_data, leaf) if rules.is_key(leaf) else leaf
-    got = saved if isinstance(saved, jax.Array) else np.asarray(saved)
-    fits = rules.kind(got.dtype) == rules.kind(wanted.dtype) and np.can_cast(got.dtype, wanted.dtype)
-    if got.shape != wanted.shape or not fits:
+    got = saved if isinstance(saved, jax.Array) or not _is_number(saved) else np.asarray(saved)
+    if not (
+        _is_number(got)
+        and got.shape == wanted.shape
+        and rules.kind(got.dtype) == rules.kind(wanted.dtype)
+        and np.can_cast(got.dtype, wanted.dtype)
+    ):
         expected = f"{wanted.dtype}{list(wanted.shape)}, or a dtype that fits into it"
-        raise ValueError(f"{path}: expected {expected}, got {rules.describe(saved)}")
+        raise ValueError(f"{path}: expected {expected}, got {rules.describe(got)}")
     restored = jax.device_put(got.astype(wanted.dtype), _placement(leaf), may_alias=False)
     if rules.is_key(leaf):
         return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(leaf))
     return restored
 
 
+def _is_number(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+
+
 def _placement(leaf: Any) -> Any:
-    """Where an array was put, or None where jax chose."""
+    """Where an array was put, or is to be; None where jax chooses."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding
     return leaf.sharding if getattr(leaf, "committed", False) else None
 
 
-def _restored_step(template: Any, saved: Any, path: str) -> np.ndarray:
-    step = np.asarray(saved)
-    if step.dtype.kind not in "iu" or step.shape != np.shape(template):
+def _restored_step(template: Any, saved: Any, path: str) -> np.ndarray[Any, Any]:
+    # As objects: Python's own integers, of any size, and no booleans among them.
+    step = np.asarray(np.asarray(saved if _is_number(saved) else ""), object)
+    if step.shape != np.shape(template) or any(type(x) is not int for x in step.flat):
         expected = f"integers of shape {list(np.shape(template))}" if np.ndim(template) else "an integer"
         raise ValueError(f"{path}: expected {expected}, got {rules.describe(saved)}")
-    if step.size and not 0 <= step.min() <= step.max() <= rules.INT32_MAX:
+    if any(not 0 <= x <= rules.INT32_MAX for x in step.flat):
         raise ValueError(f"{path}: expected 0 to 2**31-1, got {saved}")
     return step.astype(np.int32)
 

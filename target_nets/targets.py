@@ -13,6 +13,7 @@ Three traps that no check can see:
   and weight decay would shrink it. Build the optimizer over the network.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar, final
@@ -56,8 +57,9 @@ class _Settings:
     update_period: int = attrs.field(converter=_period)
     donate: bool = attrs.field(validator=attrs.validators.instance_of(bool))
     averaged: bool | tuple[bool, ...]  # a leaf each, or all or none of them; the others are copied
-    step_size: float | None = None  # None: a schedule, an array in the state, or nothing to average
+    step_size: float | None = None  # None: a schedule, an array, or nothing to average
     schedule: Schedule | None = None
+    swept: bool = False  # the step size is an array, and so a leaf
     dtypes: tuple[Any, ...] | None = None  # what `params` casts its leaves to; None: no cast is needed
 
 
@@ -66,7 +68,7 @@ class _State(NamedTuple):
 
     params: Any
     step: Any
-    step_size: Any = None  # only where it is an array
+    step_size: Any = None  # only where it is swept
 
 
 @attrs.define(eq=False, init=False, repr=False)
@@ -92,6 +94,8 @@ class _Target(Generic[P]):
         params, dtypes = self._state.params, self._settings.dtypes
         if dtypes is None:
             return jax.tree.map(lambda x: x, params)  # whoever changes a container changes their own
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            return jax.eval_shape(partial(_cast, dtypes=dtypes), params)
         return _cast(params, dtypes=dtypes)
 
     @property
@@ -120,23 +124,28 @@ class _Target(Generic[P]):
           RuntimeError: The target was not passed into the jax transformation that is running.
           Whatever is raised, the target is as it was before.
         """
-        move, tick = self._compiled("update")
+        move = self._compiled("update")
         settings, (slow, step, array) = self._settings, self._state
-        schedule, averaged, period = settings.schedule, settings.averaged, settings.update_period
-        step_size = settings.step_size if array is None else array
+        period = settings.update_period
+        step_size = array if settings.swept else settings.step_size
+        static = {"schedule": settings.schedule, "averaged": settings.averaged}
+
+        def moved(n: Any, slow: Any) -> Any:
+            return rules.named(move, online_params, slow, step_size, n, names=_NAMES, **static)
+
         _refuse_population("update", step)
-        if isinstance(step, jax.Array):  # traced, or on the device after jit
-            static = {"schedule": schedule, "averaged": averaged, "period": period}
-            slow, step = rules.named(tick, online_params, slow, step_size, step, names=_NAMES, **static)
+        if isinstance(step, Tracer):
+            step = _next(step, period)
+            n = step // period - 1
+            due = partial(moved, n)
+            slow = due(slow) if period == 1 else lax.cond(step % period == 0, due, lambda x: x, slow)
         else:
-            count = _next(int(step), period)
+            count = _next(int(step), period)  # after jit this waits for the step, once
+            step = _on_host(count)
             if count % period == 0:
-                static = {"schedule": schedule, "averaged": averaged}
-                n = None if schedule is None else _on_host(count // period - 1)
-                slow = rules.named(move, online_params, slow, step_size, n, names=_NAMES, **static)
+                slow = moved(None if settings.schedule is None else _on_host(count // period - 1), slow)
             elif not self._matched:
                 rules.match(online_params, slow, _NAMES)
-            step = _on_host(count)
         self._state = _State(slow, step, array)
         self._matched = True
         return self
@@ -153,8 +162,9 @@ class _Target(Generic[P]):
         Raises:
           ValueError, TypeError, RuntimeError: As `update` does.
         """
-        move, _ = self._compiled("sync")
-        params = rules.named(move, online_params, self._state.params, names=_NAMES, averaged=False)
+        params = rules.named(
+            self._compiled("sync"), online_params, self._state.params, names=_NAMES, averaged=False
+        )
         self._state = self._state._replace(params=params)
         self._matched = True
         return self
@@ -174,8 +184,8 @@ class _Target(Generic[P]):
         _refuse_population("distance", self._state.step)
         return rules.named(_distance, online_params, self._state.params, names=_NAMES)
 
-    def _compiled(self, method: str) -> tuple[Any, Any]:
-        """The compiled functions to call here and now."""
+    def _compiled(self, method: str) -> Any:
+        """The compiled function to call here and now."""
         if self._trace != _current_trace():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: this target was made outside of the function that jax "
@@ -183,24 +193,26 @@ class _Target(Generic[P]):
                 "lost or leak. Pass the target into that function as an argument and return it; "
                 "of a loss, take the gradient first and update the target outside."
             )
-        return _COMPILED[self._settings.donate and self._trace == _EAGER]
+        return _MOVE[self._settings.donate and self._trace == _EAGER]
 
     def __repr__(self) -> str:
         settings, state = self._settings, self._state
         parts: dict[str, Any] = {"step": state.step}
         if settings.averaged is not False:
-            parts["step_size"] = next(
-                x for x in (settings.step_size, settings.schedule, state.step_size) if x is not None
+            parts["step_size"] = (
+                state.step_size if settings.swept else settings.schedule or settings.step_size
             )
         parts["update_period"] = settings.update_period
         if isinstance(settings.averaged, tuple):
             parts["averaged"] = f"{sum(settings.averaged)} of {len(settings.averaged)}"
         if settings.donate:
             parts["donate"] = True
-        arrays = [x for x in jax.tree.leaves(state.params) if hasattr(x, "dtype")]
-        parts["arrays"] = len(arrays)
-        parts["parameters"] = sum(x.size for x in arrays)
-        parts["bytes"] = sum(x.size * x.dtype.itemsize for x in arrays)
+        leaves = jax.tree.leaves(state.params)
+        if all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves):  # else stand-ins, as in nnx
+            sizes = [math.prod(x.shape) for x in leaves]
+            parts["arrays"] = len(leaves)
+            parts["parameters"] = sum(sizes)
+            parts["bytes"] = sum(n * x.dtype.itemsize for n, x in zip(sizes, leaves, strict=True))
         return f"{type(self).__name__}({', '.join(f'{k}={_brief(v)}' for k, v in parts.items())})"
 
     def __copy__(self) -> Self:
@@ -214,7 +226,10 @@ class _Target(Generic[P]):
 
     def _replaced(self, params: Any, step: Any) -> Self:
         """A new target with the same settings."""
-        return _made(type(self), self._settings, self._state._replace(params=params, step=step))
+        step_size = self._state.step_size
+        if isinstance(step_size, jax.Array) and not isinstance(step_size, Tracer):
+            step_size = _own(step_size)
+        return _made(type(self), self._settings, _State(params, step, step_size))
 
     def __reduce__(self) -> Any:
         return _made, (type(self), self._settings, self._state)
@@ -288,6 +303,7 @@ class EMATarget(_Target[P]):
             averaged=averaged,
             step_size=number,
             schedule=schedule,
+            swept=array is not None,
             dtypes=None if held == dtypes else tuple(dtypes),
         )
         self.__attrs_init__(settings, _State(_begun(params, held), _on_host(0), array))
@@ -327,7 +343,7 @@ class PeriodicTarget(_Target[P]):
         self.__attrs_init__(settings, _State(_begun(params, _dtypes(params)), _on_host(0)))
 
 
-# One update, compiled: `_move` where it is known to be due, `_tick` where the step is on the device
+# One update, compiled
 
 
 def _move(
@@ -350,22 +366,24 @@ def _move(
     return treedef.unflatten(moved)
 
 
-def _tick(
-    online: Any, slow: Any, step_size: Any, step: jax.Array, *, period: int, **static: Any
-) -> tuple[Any, jax.Array]:
-    step = _next(step, period)
-
-    def move(slow: Any) -> Any:
-        return _move(online, slow, step_size, step // period - 1, **static)
-
-    slow = move(slow) if period == 1 else lax.cond(step % period == 0, move, lambda slow: slow, slow)
-    return slow, step
+# A copy does not read the slow copy: unless it is kept as an argument, its memory is not reused.
+_MOVE = {
+    donate: jax.jit(
+        _move,
+        static_argnames=("schedule", "averaged"),
+        donate_argnames="slow" if donate else (),
+        keep_unused=donate,
+    )
+    for donate in (False, True)
+}
 
 
 def _next(step: Any, period: int) -> Any:
     """The step after this one; past int32 it goes back by a period, so that periods are kept."""
     last = rules.INT32_MAX // period * period
-    return step + 1 - period * (step >= last)
+    if isinstance(step, int):
+        return step + 1 - period * (step >= last)
+    return jnp.where(step >= last, step + 1 - period, step + 1)
 
 
 def _refuse_population(method: str, step: Any) -> None:
@@ -380,16 +398,6 @@ def _on_host(step: int) -> np.ndarray:
     return array
 
 
-def _compile(donate: bool) -> tuple[Any, Any]:
-    # A copy does not read the slow copy: unless it is kept as an argument, its memory is not reused.
-    jit = partial(jax.jit, donate_argnums=(1,) if donate else (), keep_unused=donate)
-    static = ("schedule", "averaged")
-    return jit(_move, static_argnames=static), jit(_tick, static_argnames=("period", *static))
-
-
-_COMPILED = {donate: _compile(donate) for donate in (False, True)}
-
-
 @partial(jax.jit, static_argnames="dtypes")
 def _cast(params: P, dtypes: tuple[Any, ...]) -> P:
     leaves, treedef = jax.tree.flatten(params)
@@ -402,7 +410,8 @@ def _cast(params: P, dtypes: tuple[Any, ...]) -> P:
 def _distance(online: Any, slow: Any) -> jax.Array:
     pairs, _ = rules.match(online, slow, _NAMES)
     gaps = [rules.gap(new, old) for new, old in pairs if jnp.issubdtype(old.dtype, jnp.inexact)]
-    return jnp.sqrt(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), jnp.float32(0)))
+    total = jnp.asarray(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), 0.0))
+    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)  # has a gradient at 0
 
 
 # What the constructors make of their arguments
@@ -465,10 +474,10 @@ def _sorted_step_size(step_size: Any) -> tuple[float | None, Any, jax.Array | No
         except TypeError:
             raise TypeError(f"step_size: a schedule must be hashable, got {step_size!r}") from None
         return None, step_size, None
-    rules.check_step_size(step_size)
+    checked = rules.check_step_size(step_size)
     if isinstance(step_size, jax.Array | np.ndarray):
         return None, None, jnp.array(step_size)
-    return float(step_size), None, None
+    return checked, None, None
 
 
 def _own(tree: P) -> P:
@@ -488,8 +497,12 @@ def _brief(value: Any) -> str:
     """A setting or a counter for `repr`."""
     if isinstance(value, Tracer):
         return "traced"
+    if isinstance(value, jax.Array) and value.is_deleted():
+        return "deleted"
     if isinstance(value, jax.Array | np.ndarray):
-        return f"{value.item():.6g}" if value.size == 1 else f"{value.dtype}{list(value.shape)}"
+        return _brief(value.item()) if value.size == 1 else rules.describe(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return getattr(value, "__qualname__", None) or str(value)
 
 
@@ -505,7 +518,7 @@ def _made(cls: type[_Target[P]], settings: _Settings, state: _State) -> Any:
 def _flatten_with_keys(target: _Target[Any]) -> tuple[Any, _Settings]:
     state = target._state
     keyed = [(GetAttrKey("params"), state.params), (GetAttrKey("step"), state.step)]
-    if state.step_size is not None:
+    if target._settings.swept:
         keyed.append((GetAttrKey("step_size"), state.step_size))
     return keyed, target._settings
 

@@ -144,3 +144,14 @@ def test_a_donated_target_leaves_its_copies_and_the_online_parameters() -> None:
     jax.jit(lambda t: t.update(params), donate_argnums=0)(jax.tree.map(jnp.asarray, target))
     assert target.params["w"].is_deleted()
     assert_same(twin.params, params)
+
+
+def test_a_numpy_step_size_may_change_afterwards() -> None:
+    online, slow = {"w": jnp.ones(1 << 20)}, {"w": jnp.zeros(1 << 20)}
+    for _ in range(5):
+        step_size = np.array(0.5, np.float32)
+        target = EMATarget(slow, step_size)
+        got = incremental_update(online, slow, step_size)
+        step_size[...] = 0
+        assert np.all(got["w"] == 0.5)
+        assert np.all(target.update(online).params["w"] == 0.5)

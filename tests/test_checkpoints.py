@@ -13,6 +13,7 @@ import pytest
 from conftest import TREES, Network, arrays, assert_same, moved
 from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 
 from target_nets import EMATarget, PeriodicTarget
 
@@ -216,6 +217,10 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "large step": ({"step": 2**31}, r"/step: expected 0 to 2\*\*31-1"),
     "step a float": ({"step": 3.0}, r"/step: expected an integer, got float32"),
     "step a boolean": ({"step": True}, r"/step: expected an integer, got bool"),
+    "huge step": ({"step": 10**30}, r"/step: expected 0 to 2\*\*31-1"),
+    "ragged step": ({"step": [1, [2]]}, r"/step: expected an integer, got list"),
+    "ragged leaf": ({"params": {**SAVED["params"], "w": [1, [2]]}}, r"/params/w: .* got list"),
+    "Python number": ({"params": {**SAVED["params"], "n": 1}}, r"/params/n: expected int32.* got int64"),
     "step None": ({"step": None}, r"/step: expected an integer, got None"),
     "step a vector": ({"step": np.ones(2, int)}, r"/step: expected an integer, got int"),
 }
@@ -285,7 +290,7 @@ def test_tied_variables_in_a_whole_module_are_named() -> None:
     assert_same(through_bytes(target, target).params, target.params)
 
 
-@pytest.mark.parametrize("kind", ["ema", "periodic"])
+@pytest.mark.parametrize("kind", ["ema", "ema, array", "periodic"])
 def test_orbax_takes_the_target_as_a_pytree(kind: str, tmp_path: Path) -> None:
     params = {"w": jnp.ones((2, 3), jnp.bfloat16), "layers": [jnp.zeros(2)]}
     target = MAKERS[kind](params).update(moved(params))
@@ -305,3 +310,23 @@ def test_orbax_takes_the_target_as_a_pytree(kind: str, tmp_path: Path) -> None:
         assert_same(
             restored.update(params).params, jax.tree.map(lambda x: x, target).update(params).params
         )
+
+
+def test_restoring_shares_no_step_size() -> None:
+    template = EMATarget({"w": jnp.ones(4)}, jnp.float32(0.5))
+    saved = serialization.to_bytes(template)
+    first, second = (serialization.from_bytes(template, saved) for _ in range(2))
+    jax.jit(lambda t: t.update({"w": jnp.zeros(4)}), donate_argnums=0)(first)
+    for target in (second, template):
+        assert_same(target.update({"w": jnp.zeros(4)}).params, {"w": jnp.full(4, 0.5)})
+
+
+def test_placements_are_the_templates() -> None:
+    sharding = NamedSharding(jax.make_mesh((1,), ("d",)), PartitionSpec("d"))
+    target = EMATarget({"w": jax.device_put(jnp.zeros(4), sharding), "b": jnp.zeros(2)}, 0.5)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), target
+    )
+    for template in (target, abstract):
+        assert through_bytes(target, template).params["w"].sharding == sharding
+    assert not through_bytes(target, target).params["b"].committed  # jax chose, and may choose again

@@ -22,6 +22,17 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def at_step(target: Any, step: int) -> Any:
+    leaves, treedef = jax.tree.flatten(target)
+    return treedef.unflatten([*leaves[:-1], np.array(step, np.int32)])
+
+
+def donated(target: Any) -> Any:
+    on_device = jax.jit(lambda t: t)(target)
+    jax.jit(lambda t: t.update({"w": jnp.zeros((2, 3)), "b": jnp.zeros(2)}), donate_argnums=0)(on_device)
+    return on_device
+
+
 def half(n: jax.Array) -> jax.Array:
     return 0.5 + 0 * n
 
@@ -107,6 +118,14 @@ def test_settings_are_fixed_and_attributes_known() -> None:
         (
             lambda p: EMATarget(p, half),
             "EMATarget(step=0, step_size=half, update_period=1, arrays=2, parameters=8, bytes=32)",
+        ),
+        (
+            lambda p: at_step(PeriodicTarget(p, 100), 1_234_567),
+            "PeriodicTarget(step=1234567, update_period=100, arrays=2, parameters=8, bytes=32)",
+        ),
+        (
+            lambda p: donated(EMATarget(p, 0.5)),
+            "EMATarget(step=deleted, step_size=0.5, update_period=1, arrays=2, parameters=8, bytes=32)",
         ),
         (
             lambda p: PeriodicTarget(p, 100).update(p),

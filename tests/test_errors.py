@@ -122,6 +122,13 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "step size above 1": (lambda: EMATarget(START, 1.5), ValueError, "step_size: .* got 1.5"),
     "step size nan": (lambda: EMATarget(START, float("nan")), ValueError, "step_size: .* got nan"),
     "NumPy step size": (lambda: EMATarget(START, np.array(2.0)), ValueError, "step_size: .* got 2.0"),
+    "step size huge": (lambda: EMATarget(START, 2**31), ValueError, "step_size: .* got 2147483648"),
+    "step size a huge integer": (lambda: EMATarget(START, 10**400), ValueError, "step_size: expected"),
+    "huge integer in params": (
+        lambda: EMATarget({"n": 2**70}, 0.1),
+        TypeError,
+        r"params\['n'\]: .* got int",
+    ),
     "step size a string": (lambda: EMATarget(START, "0.1"), TypeError, "step_size: .* got str"),
     "step size None": (lambda: EMATarget(START, None), TypeError, "step_size: .* got None"),
     "step size a boolean": (lambda: EMATarget(START, True), TypeError, r"step_size: .* got bool\[\]"),

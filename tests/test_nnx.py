@@ -130,3 +130,10 @@ def test_inside_the_loss_of_nnx_grad_it_is_passed_in_with_its_owner() -> None:
 
     nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param))(agent)
     assert agent.target.step == 1
+
+
+@pytest.mark.parametrize("how", READ)
+def test_printing_a_module_that_owns_a_target(make: Any, how: str) -> None:
+    agent = Agent(make, READ[how])
+    assert "Target(step=0" in repr(agent)
+    assert "arrays=" in repr(agent.target)

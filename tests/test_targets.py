@@ -363,3 +363,19 @@ def test_donation_inside_a_transformation_is_the_callers_business() -> None:
         assert_same(target.params, {"w": jnp.zeros(4)})
     target = jax.jit(lambda t, p: t.update(p), donate_argnums=0)(target, {"w": jnp.ones(4)})
     assert_same(target.params, {"w": jnp.full(4, 0.5)})
+
+
+def test_the_gradient_of_distance_is_zero_at_no_distance() -> None:
+    target = EMATarget({"w": jnp.ones(2)}, 0.5)
+    np.testing.assert_array_equal(jax.grad(target.distance)({"w": jnp.ones(2)})["w"], [0, 0])
+    np.testing.assert_allclose(jax.grad(target.distance)({"w": jnp.array([4.0, 5.0])})["w"], [0.6, 0.8])
+
+
+def test_abstract_targets_have_abstract_parameters() -> None:
+    abstract = jax.eval_shape(lambda: EMATarget({"w": jnp.ones(2, jnp.bfloat16)}, 0.5))
+    assert (abstract.params["w"].shape, abstract.params["w"].dtype) == ((2,), jnp.bfloat16)
+
+
+def test_narrow_integers_are_averaged_in_floats() -> None:
+    target = EMATarget({"w": jnp.ones(2)}, 0.5)
+    assert_same(target.update({"w": jnp.full(2, 3, jnp.int4)}).params, {"w": jnp.full(2, 2.0)})

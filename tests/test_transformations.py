@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ START, ONLINE = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
 MAKERS: dict[str, Callable[[], Any]] = {
     "ema": lambda: EMATarget(START, 0.5),
     "ema, array": lambda: EMATarget(START, jnp.float32(0.5)),
-    "ema, schedule": lambda: EMATarget(START, lambda n: 0.5 + 0 * n),
+    "ema, schedule": lambda: EMATarget(START, lambda n: jnp.where(n >= 0, 0.5, 0.0)),
     "ema, period": lambda: EMATarget(START, 0.5, update_period=2),
     "ema, donate": lambda: EMATarget(START, 0.5, donate=True),
     "periodic": lambda: PeriodicTarget(START, 2),
@@ -291,3 +292,28 @@ def test_host_callbacks(make: Callable[[], Any]) -> None:
 def test_transformed_reads_of_the_step() -> None:
     target = jax.jit(partial(update, params=ONLINE))(EMATarget(START, 0.5))
     assert int(target.step) == 1
+
+
+def test_leaves_may_be_mapped_to_none_and_combined_again(make: Callable[[], Any]) -> None:
+    target = make()
+    dynamic, static = eqx.partition(target, lambda x: np.ndim(x) > 0)
+    combined = eqx.combine(dynamic, static)
+    assert jax.tree.structure(combined) == jax.tree.structure(target)
+    assert_same(eqx.filter_jit(update)(target, ONLINE).params, target.update(ONLINE).params)
+    assert "None" in repr(jax.tree.map(lambda _: None, target))
+
+
+def test_an_eager_update_brings_the_step_back_to_the_host() -> None:
+    target = jax.jit(lambda t: t)(PeriodicTarget(START, 10))
+    assert isinstance(target.step, jax.Array)
+    before = target.params["w"]
+    assert type(target.update(ONLINE).step) is np.ndarray
+    assert target.params["w"] is before  # and nothing else is touched between syncs
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
+def test_strict_dtype_promotion(make: Callable[[], Any]) -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        target = jax.jit(update)(make(), ONLINE).update(ONLINE)
+        target.distance(ONLINE)
+    assert_same(target.params, twice(update)(make()).params)
