@@ -176,7 +176,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"mask\['a'\]: .* got int",
     ),
     "mask of strings": (lambda: EMATarget(START, 0.1, mask="a"), TypeError, "mask: .* got str"),
-    "mask that returns None": (lambda: EMATarget(START, 0.1, mask=lambda p: None), ValueError, "mask: "),  # noqa: ARG005
+    "mask that returns None": (lambda: EMATarget(START, 0.1, mask=lambda p: None), ValueError, "mask: "),
     "accumulator an integer": (
         lambda: EMATarget(START, 0.1, accumulator_dtype=jnp.int32),
         TypeError,
@@ -219,14 +219,14 @@ def test_settings_that_cannot_be_meant(case: str) -> None:
             ValueError,
             r"as the schedule returned it: expected a scalar, got shape",
         ),
-        (lambda n: "0.1", TypeError, "as the schedule returned it: expected a real scalar, got str"),  # noqa: ARG005
-        (lambda n: None, TypeError, "as the schedule returned it: expected a real scalar, got None"),  # noqa: ARG005
+        (lambda n: "0.1", TypeError, "as the schedule returned it: expected a real scalar, got str"),
+        (lambda n: None, TypeError, "as the schedule returned it: expected a real scalar, got None"),
         (
             lambda n: n * 1j,
             TypeError,
             "as the schedule returned it: expected a real scalar, got complex64",
         ),
-        (lambda n: 1 / 0, ZeroDivisionError, "division"),  # noqa: ARG005
+        (lambda n: 1 / 0, ZeroDivisionError, "division"),
         (lambda: 0.1, TypeError, "argument"),
         (lambda n: 0.1 if n > 3 else 0.2, jax.errors.TracerBoolConversionError, "boolean"),
     ],

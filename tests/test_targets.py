@@ -94,7 +94,7 @@ def test_optax_schedules_as_they_are() -> None:
 @pytest.mark.parametrize("value", [2.0, -1.0, np.nan])
 def test_a_schedule_out_of_range_is_clipped(value: float) -> None:
     target = EMATarget(START, lambda n: value + 0 * n)
-    constant = EMATarget(START, lambda n: value)  # noqa: ARG005 -- a schedule that ignores its count
+    constant = EMATarget(START, lambda n: value)
     expected = online(0) if value == 2.0 else START
     assert_same(target.update(online(0)).params, jax.tree.map(jnp.asarray, expected))
     assert_same(constant.update(online(0)).params, target.params)
