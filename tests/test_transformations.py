@@ -1,9 +1,7 @@
 """One object in every transformation of jax; where it was not passed in, it refuses and is unharmed."""
 
-import copy
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -61,7 +59,7 @@ PASSED: dict[str, Callable[[Any], Any]] = {
     "jitted cond": twice(jax.jit(lambda t, p: jax.lax.cond(True, update, lambda t, _: t, t, p))),
     "switch": twice(lambda t, p: jax.lax.switch(0, [update], t, p)),
     "checkpoint": twice(jax.checkpoint(update)),
-    "made inside jit": jax.jit(
+    "mapped inside jit": jax.jit(
         lambda target: type(target).update(jax.tree.map(jnp.copy, target), ONLINE).update(ONLINE)
     ),
     "nnx.jit": twice(nnx.jit(update)),
@@ -154,10 +152,6 @@ def test_as_a_field_of_other_pytrees_and_through_tree_maps(make: Callable[[], An
     assert structure == jax.tree.structure(jax.tree.map(lambda x: x, state))
     leaves = [object() for _ in range(structure.num_leaves)]
     assert jax.tree.leaves(structure.unflatten(leaves)) == leaves  # nothing is checked
-    target = make()
-    assert not any(
-        jax.tree.leaves(jax.tree.map(lambda x, y: x is y, target.update(ONLINE), copy.copy(target)))[:1]
-    )
 
 
 def test_equal_settings_compile_once(trace_counter: Any) -> None:
@@ -287,11 +281,6 @@ def test_host_callbacks(make: Callable[[], Any]) -> None:
     jax.block_until_ready(train(jnp.zeros(3)))
     jax.effects_barrier()
     assert target.step == 1
-
-
-def test_transformed_reads_of_the_step() -> None:
-    target = jax.jit(partial(update, params=ONLINE))(EMATarget(START, 0.5))
-    assert int(target.step) == 1
 
 
 def test_leaves_may_be_mapped_to_none_and_combined_again(make: Callable[[], Any]) -> None:
