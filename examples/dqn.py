@@ -175,8 +175,8 @@ def evaluate(agent: DQNAgent, rng: np.random.Generator, episodes: int) -> np.nda
 class Run:
     """All that training changes; so it is also all that a checkpoint holds.
 
-    The random numbers of a block of steps come from the seed and the block's number, and the episode
-    that is under way is played again from its seed and actions. So a resumed run is the same run.
+    The random numbers of a block come from the seed and the step it begins at, and the episode that is
+    under way is played again from its seed and actions. So a resumed run is the same run.
     """
 
     def __init__(self, target: str, seed: int, steps: int) -> None:

@@ -180,11 +180,11 @@ def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[
 
 
 def copy(new: jax.Array, old: jax.Array) -> jax.Array:
-    """The new value in the dtype of `old`; a copy, since jit hands unchanged inputs through."""
+    """The new value in the dtype of `old`: a copy, also where nothing is compiled."""
     return jnp.copy(new) if new.dtype == old.dtype else lax.convert_element_type(new, old.dtype)
 
 
-def gap(new: jax.Array, old: jax.Array) -> jax.Array:
+def difference(new: jax.Array, old: jax.Array) -> jax.Array:
     """The difference of one leaf, in at least float32."""
     dtype = _arithmetic(new, old)
     return new.astype(dtype) - old.astype(dtype)

@@ -94,16 +94,17 @@ class _Target(Generic[P]):
         params, dtypes = self._state.params, self._settings.dtypes
         if dtypes is None:
             return jax.tree.map(lambda x: x, params)  # whoever changes a container changes their own
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+        try:
+            return _cast(params, dtypes=dtypes)
+        except TypeError:  # the target is abstract, from jax.eval_shape, and so are its parameters
             return jax.eval_shape(partial(_cast, dtypes=dtypes), params)
-        return _cast(params, dtypes=dtypes)
 
     @property
     def step(self) -> jax.Array | np.ndarray[Any, np.dtype[np.int32]]:
         """How many updates so far: a 0-d int32 array, on the host until it has been through jit.
 
-        It stays within int32: after the largest multiple of the update period up to 2**31-1 it goes
-        back by one period.
+        The next eager update brings it back there. It stays within int32: after the largest multiple of
+        the update period up to 2**31-1 it goes back by one period.
         """
         return self._state.step
 
@@ -409,7 +410,7 @@ def _cast(params: P, dtypes: tuple[Any, ...]) -> P:
 @jax.jit
 def _distance(online: Any, slow: Any) -> jax.Array:
     pairs, _ = rules.match(online, slow, _NAMES)
-    gaps = [rules.gap(new, old) for new, old in pairs if jnp.issubdtype(old.dtype, jnp.inexact)]
+    gaps = [rules.difference(new, old) for new, old in pairs if jnp.issubdtype(old.dtype, jnp.inexact)]
     total = jnp.asarray(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), 0.0))
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)  # has a gradient at 0
 

@@ -173,7 +173,11 @@ def test_equal_settings_compile_once(trace_counter: Any) -> None:
 def closed_over(target: Any) -> dict[str, Callable[[], Any]]:
     call = target.update
     x = jnp.ones(3)
-    loss = lambda w: (call({"w": w}), jnp.sum(w))[1]  # noqa: E731
+
+    def loss(w: jax.Array) -> jax.Array:
+        call({"w": w})
+        return jnp.sum(w)
+
     return {
         "jit": lambda: jax.jit(loss)(x),
         "grad": lambda: jax.grad(loss)(x),
@@ -242,7 +246,10 @@ def test_a_target_that_leaks_out_of_jit_refuses_too() -> None:
 
 def test_reading_is_allowed_anywhere(make: Callable[[], Any]) -> None:
     target = make()
-    read = lambda w: jnp.sum(w * target.params["w"]) + target.distance({"w": w}) + target.step  # noqa: E731
+
+    def read(w: jax.Array) -> jax.Array:
+        return jnp.sum(w * target.params["w"]) + target.distance({"w": w}) + target.step
+
     for transform in (jax.jit, jax.grad, lambda f: jax.vmap(lambda w: f(jnp.ones(3) * w))):
         transform(read)(jnp.ones(3))
     assert repr(target) == repr(make())
