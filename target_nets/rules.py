@@ -153,10 +153,36 @@ def average(new: jax.Array, old: jax.Array, step_size: ArrayLike) -> jax.Array:
     if jnp.issubdtype(old.dtype, jnp.complexfloating):
         parts = ((jnp.real(new), jnp.real(old)), (jnp.imag(new), jnp.imag(old)))
         return lax.complex(*(average(x, y, step_size) for x, y in parts))
-    dtype = _arithmetic(new, old)
-    s = jnp.asarray(step_size).astype(dtype)
-    s = jnp.where(s > 0, jnp.minimum(s, 1), 0)  # a traced step size cannot raise; nan counts as 0
+    dtype = _arithmetic(new.dtype, old.dtype)
+    s = _clipped(step_size, dtype)
     return _between(new.astype(dtype), old.astype(dtype), s).astype(old.dtype)
+
+
+@jax.jit
+def compensated(
+    new: jax.Array, old: jax.Array, error: jax.Array, step_size: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """The average of one leaf and what rounding cut off, so that the next average can take it up.
+
+    The slow value is `old + error`, an unevaluated sum of two numbers in the dtype of `old`.
+
+    References:
+      Kahan, "Pracniques: Further remarks on reducing truncation errors", 1965; Dekker, "A floating-point
+      technique for extending the available precision", 1971 (the exact sums and products).
+    """
+    if jnp.issubdtype(old.dtype, jnp.complexfloating):
+        reals, imaginaries = (
+            compensated(part(new), part(old), part(error), step_size) for part in (jnp.real, jnp.imag)
+        )
+        return lax.complex(reals[0], imaginaries[0]), lax.complex(reals[1], imaginaries[1])
+    s = _clipped(step_size, _arithmetic(new.dtype, old.dtype))
+    return _exactly_between(new, old, error, s)
+
+
+def _clipped(step_size: ArrayLike, dtype: Any) -> jax.Array:
+    """The step size within [0, 1], since a traced one cannot raise; nan counts as 0."""
+    s = jnp.asarray(step_size).astype(dtype)
+    return jnp.where(s > 0, jnp.minimum(s, 1), 0)
 
 
 @jax.custom_jvp
@@ -179,20 +205,86 @@ def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[
     return _between(new, old, s), s * new_dot + (1 - s) * old_dot + (new - old) * s_dot
 
 
+@jax.custom_jvp
+def _exactly_between(
+    new: jax.Array, old: jax.Array, error: jax.Array, s: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same from `old + error`: the point, rounded to the dtype of `old`, and what that cut off."""
+    x, y, e = (z.astype(s.dtype) for z in (new, old, error))
+    low = s <= 0.5
+    weight = jnp.where(low, s, 1 - s)
+    near, far = jnp.where(low, y, x), jnp.where(low, x, y)
+    near_error, far_error = jnp.where(low, e, 0), jnp.where(low, 0, e)
+
+    gap, gap_error = _exact_sum(far, -near)
+    gap_error += far_error - near_error
+    (w, w_rest), (g, g_rest) = _halves(weight), _halves(gap)
+    # The halves' product is exact, and so is its sum with `near`; the rest is small.
+    value, rest = _exact_sum(near, w * g)
+    rest += near_error + (weight * g_rest + w_rest * g + weight * gap_error)
+
+    rounded = (value + rest).astype(old.dtype)
+    if old.dtype != s.dtype:  # else XLA would take the cast and its way back for nothing
+        rounded = lax.optimization_barrier(rounded)
+    left = (value - rounded.astype(s.dtype)) + rest
+    # Where nothing moves, or something is not finite, the plain rule is right.
+    plain = (weight == 0) | ((gap == 0) & (gap_error == 0)) | ~jnp.isfinite(left)
+    value = jnp.where(plain, _between(x, y, s).astype(old.dtype), rounded)
+    return value, jnp.where(plain, jnp.where(s == 0, error, 0), left.astype(old.dtype))
+
+
+@_exactly_between.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> Any:
+    # That of the mathematics; what is cut off has none.
+    (new, old, error, s), (new_dot, old_dot, error_dot, s_dot) = primals, tangents
+    value, error = _exactly_between(new, old, error, s)
+    value_dot = s * new_dot + (1 - s) * (old_dot + error_dot) + (new - old) * s_dot
+    return (value, error), (value_dot.astype(value.dtype), jnp.zeros_like(error))
+
+
+def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rounded sum and its rounding error (Knuth)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The upper half of the bits of a number, and the rest: a product of upper halves is exact."""
+    bits = jnp.finfo(x.dtype)
+    upper = lax.reduce_precision(x, bits.nexp, bits.nmant // 2)
+    return upper, x - upper
+
+
 def copy(new: jax.Array, old: jax.Array) -> jax.Array:
     """The new value in the dtype of `old`: a copy, also where nothing is compiled."""
     return jnp.copy(new) if new.dtype == old.dtype else lax.convert_element_type(new, old.dtype)
 
 
-def difference(new: jax.Array, old: jax.Array) -> jax.Array:
-    """The difference of one leaf, in at least float32."""
-    dtype = _arithmetic(new, old)
-    return new.astype(dtype) - old.astype(dtype)
+def difference(new: jax.Array, old: jax.Array, error: jax.Array | None = None) -> jax.Array:
+    """How far one leaf is from `old`, or from `old + error`, in at least float32."""
+    dtype = _arithmetic(new.dtype, old.dtype)
+    gap = new.astype(dtype) - old.astype(dtype)
+    return gap if error is None else gap - error.astype(dtype)
+
+
+def total(value: jax.Array, error: jax.Array | None, dtype: Any) -> jax.Array:
+    """One leaf in another dtype: what `compensated` has parted, summed before it is rounded."""
+    if error is None:
+        return value.astype(dtype)
+    wide = _arithmetic(value.dtype, dtype)
+    return (value.astype(wide) + error.astype(wide)).astype(dtype)
+
+
+def all_finite(leaves: list[jax.Array]) -> jax.Array:
+    """Whether no inexact leaf holds inf or nan."""
+    checks = [jnp.all(jnp.isfinite(x)) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array(checks, bool))
 
 
 def add(update: jax.Array, param: jax.Array) -> jax.Array:
     """The sum of one leaf, in the dtype of `param`; see `apply_updates`."""
-    dtype = _arithmetic(update, param)
+    dtype = _arithmetic(update.dtype, param.dtype)
     return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
 
 
@@ -202,10 +294,9 @@ def widened(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if small else dtype
 
 
-def _arithmetic(new: jax.Array, old: jax.Array) -> Any:
+def _arithmetic(new: Any, old: Any) -> Any:
     """The dtype to combine two leaves in: of the wider kind, and of that the larger one."""
-    dtypes = [widened(x.dtype) for x in (new, old)]
-    return max(reversed(dtypes), key=lambda dtype: (kind(dtype), dtype.itemsize))
+    return max(widened(old), widened(new), key=lambda dtype: (kind(dtype), dtype.itemsize))
 
 
 # The same over trees: one compiled call each

@@ -31,23 +31,44 @@ from target_nets.targets import EMATarget, PeriodicTarget
 
 Target = TypeVar("Target", EMATarget[Any], PeriodicTarget[Any])
 
+_SAVED = ("step", "params", "skipped", "compensation")
+_COUNTERS = ("step", "skipped")
+
 
 def _to_state_dict(target: Target) -> dict[str, Any]:
-    state = target._state
-    leaves, treedef = jax.tree.flatten(state.params)
-    data = [jax.random.key_data(x) if rules.is_key(x) else x for x in leaves]
-    counted = isinstance(state.step, Tracer) or np.ndim(state.step)  # a whole population
-    step = state.step if counted else int(state.step)
-    return {"step": step, "params": _nested(treedef.unflatten(data))}
+    return {
+        name: _count(saved) if name in _COUNTERS else _nested(jax.tree.map(_data, saved))
+        for name, saved in _saved(target).items()
+    }
 
 
 def _from_state_dict(target: Target, saved: Any) -> Target:
     path = serialization.current_path()
-    state = target._state
-    _check_keys({"step": None, "params": None}, saved, path)
-    step = _restored_step(state.step, saved["step"], f"{path}/step")
-    params = _restored_tree(state.params, saved["params"], f"{path}/params")
-    return target._replaced(params=params, step=step)
+    templates = _saved(target)
+    _check_keys(templates, saved, path)
+    return target._replaced(
+        **{
+            name: (_restored_count if name in _COUNTERS else _restored_tree)(
+                template, saved[name], f"{path}/{name}"
+            )
+            for name, template in templates.items()
+        }
+    )
+
+
+def _saved(target: Target) -> dict[str, Any]:
+    """What changes while training, by its key."""
+    held = target._settings.children
+    return {name: getattr(target._state, name) for name in _SAVED if name in held}
+
+
+def _count(count: Any) -> Any:
+    """A counter as an integer; those of a whole population, or traced ones, as they are."""
+    return count if isinstance(count, Tracer) or np.ndim(count) else int(count)
+
+
+def _data(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if rules.is_key(leaf) else leaf
 
 
 for _class in (EMATarget, PeriodicTarget):
@@ -119,15 +140,15 @@ def _placement(leaf: Any) -> Any:
     return leaf.sharding if getattr(leaf, "committed", False) else None
 
 
-def _restored_step(template: Any, saved: Any, path: str) -> np.ndarray[Any, Any]:
+def _restored_count(template: Any, saved: Any, path: str) -> np.ndarray[Any, Any]:
     # As objects: Python's own integers, of any size, and no booleans among them.
-    step = np.asarray(np.asarray(saved if _is_number(saved) else ""), object)
-    if step.shape != np.shape(template) or any(type(x) is not int for x in step.flat):
+    count = np.asarray(np.asarray(saved if _is_number(saved) else ""), object)
+    if count.shape != np.shape(template) or any(type(x) is not int for x in count.flat):
         expected = f"integers of shape {list(np.shape(template))}" if np.ndim(template) else "an integer"
         raise ValueError(f"{path}: expected {expected}, got {rules.describe(saved)}")
-    if any(not 0 <= x <= rules.INT32_MAX for x in step.flat):
+    if any(not 0 <= x <= rules.INT32_MAX for x in count.flat):
         raise ValueError(f"{path}: expected 0 to 2**31-1, got {saved}")
-    return step.astype(np.int32)
+    return count.astype(np.int32)
 
 
 def _check_keys(expected: dict[str, Any], saved: Any, path: str) -> None:
