@@ -252,7 +252,7 @@ def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The upper half of the bits of a number, and the rest: a product of upper halves is exact."""
     bits = jnp.finfo(x.dtype)
-    upper = lax.reduce_precision(x, bits.nexp, bits.nmant // 2)
+    upper = lax.reduce_precision(x, bits.nexp, (bits.nmant - 1) // 2)
     return upper, x - upper
 
 

@@ -23,6 +23,8 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
     "ema, step size 1": lambda p: EMATarget(p, 1),
     "ema, no mask": lambda p: EMATarget(p, 0.5, mask=False),
     "ema, donate": lambda p: EMATarget(p, 1, donate=True),
+    "ema, compensated": lambda p: EMATarget(p, 1, compensated=True, donate=True),
+    "ema, skipping": lambda p: EMATarget(p, 1, skip_nonfinite=True),
     "periodic": lambda p: PeriodicTarget(p, 1),
     "periodic, donate": lambda p: PeriodicTarget(p, 1, donate=True),
 }

@@ -24,7 +24,8 @@ step_sizes = st.sampled_from([0.0, TINY, 1e-6, 0.005, 0.5, 1 - 1e-6, 1.0]) | st.
 
 def values(dtype: Any) -> st.SearchStrategy[np.ndarray]:
     largest = float(jnp.finfo(dtype).max)
-    special = [0.0, -0.0, 1.0, -1.0, largest, -largest, float(jnp.finfo(dtype).tiny)]
+    info = jnp.finfo(dtype)
+    special = [0.0, -0.0, 1.0, -1.0, largest, -largest, float(info.tiny), float(info.smallest_subnormal)]
     number = st.sampled_from(special) | st.floats(-min(largest, HUGE), min(largest, HUGE), width=32)
     return st.lists(number, min_size=LENGTH, max_size=LENGTH).map(
         lambda xs: np.asarray(xs, np.float32).astype(dtype)
@@ -89,7 +90,8 @@ def test_the_average_lies_between_and_never_overflows(pair: Any, step_size: floa
     assert np.isfinite(got).all()
     if old.dtype == np.float32:
         low, high = low - slack, high + slack
-    assert ((low <= got) & (got <= high)).all()
+    low, high = np.where(np.abs(low) <= TINY, -TINY, low), np.where(np.abs(high) <= TINY, TINY, high)
+    assert ((low <= got) & (got <= high)).all()  # but XLA may flush a denormal to zero
 
 
 NONFINITE = [jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64]

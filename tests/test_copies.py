@@ -43,6 +43,8 @@ def test_copies_own_their_buffers(how: str) -> None:
     for target in (
         EMATarget(params, 0.5, update_period=2, donate=True),
         EMATarget(params, jnp.float32(0.5)),
+        EMATarget(params, 0.3, compensated=True, skip_nonfinite=True),
+        EMATarget(params, 0.3, compensated=True, skip_nonfinite=True).update(moved(params)),
         EMATarget(params, half, mask={"w": True, "h": False, "key": True}),
         PeriodicTarget(params, 1, donate=True),
         jax.jit(lambda t: t)(EMATarget(params, 0.5)),

@@ -67,6 +67,7 @@ ONLINES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 TARGETS: dict[str, Callable[[], Any]] = {
     "ema": lambda: EMATarget(START, 0.5),
     "ema, donate": lambda: EMATarget(START, 0.5, donate=True),
+    "ema, compensated": lambda: EMATarget(START, 0.5, compensated=True, skip_nonfinite=True),
     "ema, between periods": lambda: EMATarget(START, lambda n: 0.5 + 0 * n, update_period=10),
     "ema, after jit": lambda: jax.jit(lambda t: t)(EMATarget(START, jnp.float32(0.5))),
     "periodic": lambda: PeriodicTarget(START, 1),
@@ -165,6 +166,8 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "update_period: .*Python",
     ),
     "donate a number": (lambda: PeriodicTarget(START, 2, donate=1), TypeError, "donate"),
+    "compensated None": (lambda: EMATarget(START, 0.1, compensated=None), TypeError, "compensated"),
+    "skip_nonfinite 1": (lambda: EMATarget(START, 0.1, skip_nonfinite=1), TypeError, "skip_nonfinite"),
     "mask of other structure": (
         lambda: EMATarget(START, 0.1, mask={"a": True}),
         ValueError,

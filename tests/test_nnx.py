@@ -31,6 +31,7 @@ def _make(request: pytest.FixtureRequest) -> Any:
         "ema": lambda params: EMATarget(params, 0.5),
         "periodic": lambda params: PeriodicTarget(params, 2),
         "ema, donate": lambda params: EMATarget(params, 0.5, donate=True),
+        "ema, compensated": lambda params: EMATarget(params, 0.5, compensated=True, skip_nonfinite=True),
     }[request.param]
 
 
