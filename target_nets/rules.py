@@ -218,10 +218,9 @@ def _exactly_between(
 
     gap, gap_error = _exact_sum(far, -near)
     gap_error += far_error - near_error
-    (w, w_rest), (g, g_rest) = _halves(weight), _halves(gap)
-    # The halves' product is exact, and so is its sum with `near`; the rest is small.
-    value, rest = _exact_sum(near, w * g)
-    rest += near_error + (weight * g_rest + w_rest * g + weight * gap_error)
+    moved, moved_error = _exact_product(weight, gap)
+    value, value_error = _exact_sum(near, moved)
+    rest = near_error + value_error + moved_error + weight * gap_error
 
     rounded = (value + rest).astype(old.dtype)
     if old.dtype != s.dtype:  # else XLA would take the cast and its way back for nothing
@@ -249,11 +248,18 @@ def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total, (a - (total - b_part)) + (b - b_part)
 
 
+def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rounded product and its rounding error (Dekker)."""
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The upper half of the bits of a number, and the rest: a product of upper halves is exact."""
+    """The upper half of the bits of a number, and the rest: products of halves are exact."""
     bits = jnp.finfo(x.dtype)
-    upper = lax.reduce_precision(x, bits.nexp, (bits.nmant - 1) // 2)
-    return upper, x - upper
+    high = lax.reduce_precision(x, bits.nexp, (bits.nmant - 1) // 2)
+    return high, x - high
 
 
 def copy(new: jax.Array, old: jax.Array) -> jax.Array:

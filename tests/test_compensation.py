@@ -51,7 +51,7 @@ def test_one_update_is_that_of_exact_arithmetic(pair: Any, cut: float, step_size
         x, y, e = (Fraction(float(z)) for z in (x, y, e))
         expected = y + e + s * (x - y - e)
         scale = max(abs(x), abs(y))
-        assert abs(Fraction(float(got)) + Fraction(float(rest)) - expected) <= scale * Fraction(2) ** -33
+        assert abs(Fraction(float(got)) + Fraction(float(rest)) - expected) <= scale * Fraction(2) ** -44
         # The value is the one nearest to the sum, so that what is left is at most half a unit.
         assert abs(float(rest)) <= 0.5 * float(np.spacing(np.abs(got))) + np.finfo(F32).tiny
 
