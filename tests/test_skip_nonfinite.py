@@ -77,6 +77,20 @@ def test_all_of_the_slow_copy_stays(bad: str, how: str, compensated: bool) -> No
         assert_same(*(arrays(serialization.to_state_dict(t)["compensation"]) for t in (got, expected)))
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("size", [1, 1001, 4097])
+def test_wherever_it_stands(dtype: str, size: int) -> None:
+    good, bads = np.ones(size), [np.nan] if dtype == "float8_e4m3fn" else [np.nan, np.inf, -np.inf]
+    target = EMATarget({"w": jnp.zeros(size, dtype)}, 0.5, skip_nonfinite=True)
+    assert target.update({"w": good.astype(jnp.dtype(dtype))}).skipped == 0
+    places = [(bad, place) for bad in bads for place in {0, size // 2, size - 1}]
+    for bad, place in places:
+        online = good.astype(jnp.dtype(dtype))
+        online[place] = bad
+        target.update({"w": online})
+    assert target.skipped == len(places)
+
+
 def test_what_is_finite_is_averaged_however_large() -> None:
     huge = {**GOOD, "w": jnp.full(3, 3.4e38), "n": jnp.int32(7)}
     target = make().update(huge)
