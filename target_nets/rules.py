@@ -176,7 +176,8 @@ def compensated(
         )
         return lax.complex(reals[0], imaginaries[0]), lax.complex(reals[1], imaginaries[1])
     s = _clipped(step_size, _arithmetic(new.dtype, old.dtype))
-    return _exactly_between(new, old, error, s)
+    value, left = _exactly_between(*(x.astype(s.dtype) for x in (new, old, error)), s, old.dtype)
+    return value.astype(old.dtype), left.astype(old.dtype)
 
 
 def _clipped(step_size: ArrayLike, dtype: Any) -> jax.Array:
@@ -205,16 +206,15 @@ def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[
     return _between(new, old, s), s * new_dot + (1 - s) * old_dot + (new - old) * s_dot
 
 
-@jax.custom_jvp
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _exactly_between(
-    new: jax.Array, old: jax.Array, error: jax.Array, s: jax.Array
+    new: jax.Array, old: jax.Array, error: jax.Array, s: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The same from `old + error`: the point, rounded to the dtype of `old`, and what that cut off."""
-    x, y, e = (z.astype(s.dtype) for z in (new, old, error))
+    """The same from `old + error`: the point, rounded to `dtype`, and what that cut off."""
     low = s <= 0.5
     weight = jnp.where(low, s, 1 - s)
-    near, far = jnp.where(low, y, x), jnp.where(low, x, y)
-    near_error, far_error = jnp.where(low, e, 0), jnp.where(low, 0, e)
+    near, far = jnp.where(low, old, new), jnp.where(low, new, old)
+    near_error, far_error = jnp.where(low, error, 0), jnp.where(low, 0, error)
 
     gap, gap_error = _exact_sum(far, -near)
     gap_error += far_error - near_error
@@ -222,23 +222,22 @@ def _exactly_between(
     value, value_error = _exact_sum(near, moved)
     rest = near_error + value_error + moved_error + weight * gap_error
 
-    rounded = (value + rest).astype(old.dtype)
-    if old.dtype != s.dtype:  # else XLA would take the cast and its way back for nothing
-        rounded = lax.optimization_barrier(rounded)
-    left = (value - rounded.astype(s.dtype)) + rest
+    rounded = value + rest
+    if dtype != s.dtype:  # without the barrier XLA would leave out the cast and its way back
+        rounded = lax.optimization_barrier(rounded.astype(dtype)).astype(s.dtype)
+    left = (value - rounded) + rest
     # Where nothing moves, or something is not finite, the plain rule is right.
     plain = (weight == 0) | ((gap == 0) & (gap_error == 0)) | ~jnp.isfinite(left)
-    value = jnp.where(plain, _between(x, y, s).astype(old.dtype), rounded)
-    return value, jnp.where(plain, jnp.where(s == 0, error, 0), left.astype(old.dtype))
+    value = jnp.where(plain, _between(new, old, s), rounded)
+    return value, jnp.where(plain, jnp.where(s == 0, error, 0), left)
 
 
 @_exactly_between.defjvp
-def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> Any:
+def _(dtype: Any, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> Any:
     # That of the mathematics; what is cut off has none.
     (new, old, error, s), (new_dot, old_dot, error_dot, s_dot) = primals, tangents
-    value, error = _exactly_between(new, old, error, s)
     value_dot = s * new_dot + (1 - s) * (old_dot + error_dot) + (new - old) * s_dot
-    return (value, error), (value_dot.astype(value.dtype), jnp.zeros_like(error))
+    return _exactly_between(new, old, error, s, dtype), (value_dot, jnp.zeros_like(value_dot))
 
 
 def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -287,6 +286,11 @@ def all_finite(leaves: list[jax.Array]) -> jax.Array:
     inexact = [x.astype(widened(x.dtype)) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     # 0 times inf is nan. On CPUs a sum is faster than `all`, and `max` may lose a nan.
     return jnp.all(jnp.array([jnp.sum(x * 0) == 0 for x in inexact], bool))
+
+
+def zero_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
+    """Zeros for an inexact leaf that is not to be used, lest its inf and nan reach a derivative."""
+    return jnp.where(finite, x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def add(update: jax.Array, param: jax.Array) -> jax.Array:

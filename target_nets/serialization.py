@@ -3,10 +3,11 @@
 Importing the package registers both classes, so that `to_state_dict`, `from_state_dict`, `to_bytes` and
 `from_bytes` of flax take a target, alone or anywhere inside a state such as a `TrainState`.
 
-The state is `{"step": int, "params": nested dict}`: what changes while training. `params` is the slow
-copy in the dtype that it is held in, PRNG keys as their data; `to_state_dict(target.params)` is what
-loads into a model. Settings are code: they come from the target that is restored into, as do its class,
-dtypes and shardings.
+The state is `{"step": int, "params": nested dict}`: what changes while training. With `skip_nonfinite`
+there is also `skipped`, an integer, and with `compensated` a `compensation`, nested as `params` is.
+`params` is the slow copy in the dtype that it is held in, PRNG keys as their data;
+`to_state_dict(target.params)` is what loads into a model. Settings are code: they come from the target
+that is restored into, as do its class, dtypes and shardings.
 
 Example:
   >>> import jax.numpy as jnp
@@ -46,14 +47,15 @@ def _from_state_dict(target: Target, saved: Any) -> Target:
     path = serialization.current_path()
     templates = _saved(target)
     _check_keys(templates, saved, path)
-    return target._replaced(
-        **{
-            name: (_restored_count if name in _COUNTERS else _restored_tree)(
-                template, saved[name], f"{path}/{name}"
-            )
-            for name, template in templates.items()
-        }
-    )
+    restored = {
+        name: (_restored_count if name in _COUNTERS else _restored_tree)(
+            template, saved[name], f"{path}/{name}"
+        )
+        for name, template in templates.items()
+    }
+    if _placement(templates.get("skipped")) is not None:
+        restored["skipped"] = jax.device_put(restored["skipped"], _placement(templates["skipped"]))
+    return target._replaced(**restored)
 
 
 def _saved(target: Target) -> dict[str, Any]:

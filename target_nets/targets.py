@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
 from jax.typing import ArrayLike, DTypeLike
 
@@ -275,15 +276,16 @@ class EMATarget(_Target[P]):
         the parameters that returns one. The others are copied, as one may want of BatchNorm's
         statistics. None: all.
       accumulator_dtype: The floating dtype that averaged leaves are held in (for complex leaves, that of
-        their parts, at least float32). None: their own, but float32 for floats below 32 bits: a
-        bfloat16 average at step size 0.005 never moves.
+        their parts, at least float32); what it cannot hold becomes inf. None: their own, but float32
+        for floats below 32 bits: a bfloat16 average at step size 0.005 never moves.
       compensated: Whether to hold the rounding error, too, in as many arrays again: then the average is
-        right to one unit in the last place at any step size, however many updates. Worth its memory
-        for float32 and step sizes below 1e-3.
+        right to one unit in the last place at any step size (as float32 holds it), however many
+        updates. Worth its memory for float32 and step sizes below 1e-3. In a narrower
+        `accumulator_dtype`, average and error together have twice its bits: 16 of bfloat16.
       skip_nonfinite: Whether to leave out an averaging of online parameters that hold inf or nan in any
         inexact leaf: all of the slow copy stays, `step` counts, and so does `skipped`. The device
-        decides, and the host does not wait. Inside `shard_map` each shard would decide for itself:
-        update outside of it.
+        decides, and the host does not wait. Not for use inside `shard_map`, where each shard would
+        decide for itself: jax refuses it, unless told not to check (`check_vma=False`).
       donate: Whether `update` and `sync` in eager Python reuse the slow copy's memory. Then an earlier
         `target.params` can no longer be read.
 
@@ -342,7 +344,7 @@ class EMATarget(_Target[P]):
         state = _State(
             params=slow,
             step=_on_host(0),
-            skipped=_on_host(0) if skip_nonfinite else None,
+            skipped=_counter(slow) if skip_nonfinite else None,
             compensation=_no_errors(slow, averaged) if compensated else None,
             step_size=array,
         )
@@ -415,17 +417,19 @@ def _move(
 
     def moved(new: Any, old: Any, error: Any, average: bool) -> tuple[Any, Any]:
         if not average:
-            return rules.copy(new, old), None if error is None else jnp.zeros_like(error)
+            return rules.copy(new, old), None if error is None else error - error  # where it is placed
         if error is None:
             return rules.average(new, old, step_size), None
         return rules.compensated(new, old, error, step_size)
 
+    finite = None if skipped is None else rules.all_finite([new for new, _ in pairs])
+    if finite is not None:
+        pairs = [(rules.zero_unless(finite, new), old) for new, old in pairs]
     before = [(old, error) for (_, old), error in zip(pairs, errors, strict=True)]
     after = [
         moved(new, *held, average) for (new, _), held, average in zip(pairs, before, which, strict=True)
     ]
-    if skipped is not None:
-        finite = rules.all_finite([new for new, _ in pairs])
+    if finite is not None:
         keep = partial(lax.select, finite)
         after, skipped = jax.tree.map(keep, (after, skipped), (before, _next(skipped, 1)))
     params = treedef.unflatten([value for value, _ in after])
@@ -537,11 +541,22 @@ def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any
         if accumulator is None:
             return rules.widened(dtype)
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            return jnp.promote_types(rules.widened(accumulator), jnp.complex64)
+            return jnp.dtype(jnp.complex128 if accumulator.itemsize == 8 else jnp.complex64)
         return accumulator
 
     which = averaged if isinstance(averaged, tuple) else [averaged] * len(dtypes)
     return [held(dtype) if average else dtype for dtype, average in zip(dtypes, which, strict=True)]
+
+
+def _counter(slow: Any) -> Any:
+    """A counter that begins where updates will leave it: beside the slow copy, if that was placed."""
+    for x in jax.tree.leaves(slow):
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed:
+            sharding = x.sharding
+            if isinstance(sharding, NamedSharding):
+                sharding = NamedSharding(sharding.mesh, PartitionSpec())
+            return jax.device_put(_on_host(0), sharding)
+    return _on_host(0)
 
 
 def _no_errors(slow: Any, averaged: bool | tuple[bool, ...]) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import arrays, assert_same
 from flax import serialization
+from jax.sharding import NamedSharding, PartitionSpec
 
 from target_nets import EMATarget
 
@@ -125,6 +126,30 @@ def test_one_compiled_call_and_no_wait_for_its_outcome(trace_counter: Any) -> No
         target.update(BAD["nan"]).update(GOOD)
     assert not compiled
     assert isinstance(target.skipped, jax.Array)  # not read by the host
+
+
+def test_placed_parameters_compile_once(trace_counter: Any) -> None:
+    placements = (jax.devices()[0], NamedSharding(jax.make_mesh((1,), ("d",)), PartitionSpec("d")))
+    for size, placement in enumerate(placements, 7):
+        params = jax.device_put({"w": jnp.ones(size)}, placement)
+        target = EMATarget(params, 0.5, skip_nonfinite=True)
+        restored = serialization.from_bytes(target, serialization.to_bytes(target))
+        with trace_counter() as compiled:
+            for _ in range(3):
+                target.update(params)
+                restored.update(params)
+        assert len(compiled) == 1
+
+
+def test_no_nan_reaches_a_derivative() -> None:
+    def after(s: jax.Array, bad: float, compensated: bool) -> jax.Array:
+        target = EMATarget({"w": jnp.ones(2)}, s, skip_nonfinite=True, compensated=compensated)
+        return jnp.sum(target.update({"w": jnp.array([1, bad])}).params["w"])
+
+    for compensated in (False, True):
+        for bad in (np.nan, np.inf):
+            assert jax.grad(after)(0.3, bad, compensated) == 0
+        assert jax.grad(after)(0.3, 5.0, compensated) == 4
 
 
 def test_each_member_of_a_population_decides_for_itself() -> None:
