@@ -253,12 +253,15 @@ class Run:
         temporary.replace(path)
 
     def restore(self, path: Path) -> None:
-        """Goes on from what was saved by a run of the same settings."""
-        saved = serialization.msgpack_restore(path.read_bytes())
-        if saved["settings"] != self.settings:
-            raise ValueError(f"{path} is of a run with other settings: {saved['settings']}")
+        """Goes on from what was saved by a run of the same settings; a ValueError where it cannot."""
         graphdef, state = nnx.split(self.byol)
-        pure = serialization.from_state_dict(nnx.to_pure_dict(state), saved["byol"])
+        try:
+            saved = serialization.msgpack_restore(path.read_bytes())
+            if saved["settings"] != self.settings:
+                raise ValueError(f"a run with other settings: {saved['settings']}")
+            pure = serialization.from_state_dict(nnx.to_pure_dict(state), saved["byol"])
+        except Exception as error:  # damaged bytes make decoders stumble in any way
+            raise ValueError(f"{path} is no checkpoint of this run: {error}") from None
         nnx.replace_by_pure_dict(state, pure)
         self.byol = nnx.merge(graphdef, state)
         self.losses = [float(loss) for loss in saved["losses"]]

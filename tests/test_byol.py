@@ -1,0 +1,116 @@
+"""The BYOL example learns features, resumes to the bit after any epoch, and refuses other settings."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import byol
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import arrays, assert_same
+from flax import nnx
+
+EPOCHS = 4
+
+
+def all_of(run: byol.Run) -> list[np.ndarray]:
+    """Every array that training changes."""
+    return [*arrays(nnx.to_pure_dict(nnx.state(run.byol))), np.array(run.losses)]
+
+
+@pytest.fixture(scope="module", name="uninterrupted")
+def _uninterrupted() -> byol.Run:
+    return byol.train(byol.Run(seed=3, epochs=EPOCHS))
+
+
+@pytest.mark.parametrize("stop", range(EPOCHS + 1))
+def test_stopped_after_any_epoch_it_resumes_to_the_bit(
+    stop: int, uninterrupted: byol.Run, tmp_path: Path
+) -> None:
+    first = byol.Run(seed=3, epochs=EPOCHS)
+    for _ in range(stop):
+        first.epoch()
+    first.save(tmp_path / "byol.msgpack")
+    second = byol.Run(seed=3, epochs=EPOCHS)
+    second.restore(tmp_path / "byol.msgpack")
+    byol.train(second)
+    assert_same(all_of(second), all_of(uninterrupted))
+    assert second.byol.target.step == EPOCHS * 5
+    assert second.byol.target.distance(nnx.state(second.byol.student.branch)) > 0
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
+    monkeypatch.setattr(sys, "argv", ["byol.py", *map(str, args)])
+    return byol.main()
+
+
+def test_the_program(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    settings = ("--epochs", 12, "--checkpoint", folder, "--out", tmp_path)
+    assert main(monkeypatch, *settings) == 0
+    printed, progress = capfd.readouterr()
+    assert "loss=" in progress
+    table = {line[:34].strip(): line[34:].split() for line in printed.splitlines() if " %" in line}
+    accuracy = {name: float(cells[0]) for name, cells in table.items()}
+    assert list(accuracy) == ["raw pixels", "untrained encoder", "online encoder", "target encoder"]
+    assert accuracy["target encoder"] > accuracy["untrained encoder"] + 3  # after 12 of 200 epochs
+    assert (tmp_path / "byol.png").stat().st_size > 10_000
+    assert main(monkeypatch, *settings) == 0  # nothing is left to do but to probe again
+    again, progress = capfd.readouterr()
+    assert again == printed
+    assert "12/12" in progress
+    with pytest.raises(SystemExit):
+        main(monkeypatch, *settings, "--seed", 1)
+    assert "no checkpoint of this run: a run with other settings: {'seed': 0" in capfd.readouterr().err
+    (folder / "byol.msgpack").write_bytes(b"nonsense")
+    with pytest.raises(SystemExit):
+        main(monkeypatch, *settings)
+    assert "byol.msgpack is no checkpoint of this run" in capfd.readouterr().err
+
+
+def test_the_target_is_the_papers_average() -> None:
+    run = byol.Run(seed=0, epochs=EPOCHS)
+    branch = run.byol.student.branch
+    slow = [np.float64(x) for x in jax.tree.leaves(nnx.state(branch, nnx.Param))]
+    images, key = run.images["train"][: byol.BATCH], jax.random.key(0)
+    for step in range(3):
+        byol.train_step(run.byol, images, key)
+        size = 0.1 * (np.cos(np.pi * step / 20) + 1) / 2
+        online = jax.tree.leaves(nnx.state(run.byol.student.branch, nnx.Param))
+        slow = [x + size * (np.float64(y) - x) for x, y in zip(slow, online, strict=True)]
+    target = run.byol.slow()
+    for x, y in zip(jax.tree.leaves(nnx.state(target, nnx.Param)), slow, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    # BatchNorm's statistics are those of the student.
+    assert_same(*(arrays(nnx.state(x, nnx.BatchStat)) for x in (target, run.byol.student.branch)))
+
+
+def test_frozen_and_absent_targets() -> None:
+    frozen, absent = (byol.Run(seed=0, epochs=1, step_size=s, predictor=False) for s in (0.0, 1.0))
+    before = arrays(nnx.state(frozen.byol.slow(), nnx.Param))
+    for run in (frozen, absent):
+        run.epoch()
+    assert_same(arrays(nnx.state(frozen.byol.slow(), nnx.Param)), before)
+    student = nnx.state(absent.byol.student.branch)
+    assert_same(absent.byol.target.params, student)
+
+
+def test_views_are_images_of_the_same_digits() -> None:
+    images = jnp.asarray(byol.Run(seed=0, epochs=1).images["train"][:64])
+    one, other = (byol.views(jax.random.key(seed), images) for seed in (0, 1))
+    assert one.shape == images.shape
+    alike = jnp.mean(jnp.sum(byol.unit(one) * byol.unit(images), -1))
+    others = jnp.mean(jnp.sum(byol.unit(one) * byol.unit(jnp.roll(images, 1, 0)), -1))
+    assert alike > others + 0.1
+    assert jnp.mean(jnp.abs(one - other)) > 0.03
+
+
+def test_spread_tells_a_collapse() -> None:
+    random = byol.unit(jax.random.normal(jax.random.key(0), (500, 64)))
+    width, rank = byol.spread(random)
+    assert width > 0.95
+    assert rank > 50
+    assert byol.spread(jnp.broadcast_to(random[:1], random.shape))[0] < 1e-3
+    assert byol.spread(random[:, :1] * jnp.ones(64))[1] < 1.01
