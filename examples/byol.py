@@ -330,9 +330,17 @@ def ablation(seed: int, epochs: int) -> None:
     print("target: accuracy of a probe of its features, 10 labels a class")
 
 
+def positive(text: str) -> int:
+    """A command line's integer from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="BYOL on handwritten digits.", allow_abbrev=False)
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"how long to train ({EPOCHS})")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS, help=f"how long to train ({EPOCHS})")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and views (0)")
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the picture (runs)")
@@ -350,7 +358,12 @@ def main() -> int:
                 run.restore(checkpoint)
             except ValueError as error:
                 parser.error(f"--checkpoint: {error}")
-    train(run, checkpoint)
+    try:
+        train(run, checkpoint)
+    except KeyboardInterrupt:
+        again = "; the same command goes on from there" if checkpoint else ""
+        print(f"stopped after {len(run.losses)} of {args.epochs} epochs{again}")
+        return 130
     probes = run.probes()
     width, rank = run.spread()
     print(f"{'test accuracy of a linear probe':34s}10 labels a class   all labels")

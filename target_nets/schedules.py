@@ -62,7 +62,7 @@ def _float(n: ArrayLike) -> jax.Array:
 
 
 @attrs.frozen
-class cosine:  # noqa: N801 - called as a function
+class cosine:
     """From `base_step_size` down to 0 after `total_steps`, along half a cosine.
 
     The step size at n is `base_step_size * (cos(pi * min(n, total_steps) / total_steps) + 1) / 2`. It is
@@ -94,7 +94,7 @@ class cosine:  # noqa: N801 - called as a function
 
 
 @attrs.frozen
-class inverse_power:  # noqa: N801
+class inverse_power:
     """A warm-up: a copy at first, then step sizes that fall as a power of n.
 
     The step size is 1 at n = 0 and then `(1 + n / inv_gamma) ** -power`, kept within
@@ -139,7 +139,7 @@ class inverse_power:  # noqa: N801
 
 
 @attrs.frozen
-class ramp:  # noqa: N801
+class ramp:
     """A short warm-up: 9 / (10 + n), until that is below `min_step_size`.
 
     Args:
@@ -165,7 +165,7 @@ class ramp:  # noqa: N801
 
 
 @attrs.frozen
-class uniform:  # noqa: N801
+class uniform:
     """The plain mean of all iterates: 1 / (n + 1).
 
     References:
@@ -187,7 +187,7 @@ class uniform:  # noqa: N801
 
 
 @attrs.frozen
-class bias_corrected:  # noqa: N801
+class bias_corrected:
     """A moving average that forgets its start, as Adam's moments do.
 
     The step size at n is `step_size / (1 - (1 - step_size) ** (n + 1))`: 1 at first, `step_size` in the
@@ -219,7 +219,7 @@ class bias_corrected:  # noqa: N801
 
 
 @attrs.frozen(init=False)
-class power_function:  # noqa: N801
+class power_function:
     """An average over a constant fraction of the run so far, however long it is.
 
     The step size at n is `1 - (1 - 1 / (n + 1)) ** (gamma + 1)`: iterate i is weighted as i ** gamma.
