@@ -44,41 +44,39 @@ STEP_SIZE = 0.1  # of the target, at first: 1 - tau_base
 # The networks
 
 
-class MLP(nnx.Module):
-    """Dense layers, each but the last followed by BatchNorm and ReLU."""
+def block(inputs: int, outputs: int, rngs: nnx.Rngs) -> list[Any]:
+    """A dense layer with BatchNorm and ReLU."""
+    dense = nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
+    return [dense, nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs), nnx.relu]
 
-    def __init__(self, widths: tuple[int, ...], rngs: nnx.Rngs) -> None:
-        pairs = list(itertools.pairwise(widths))
-        self.layers = nnx.List([nnx.Linear(n, m, use_bias=False, rngs=rngs) for n, m in pairs])
-        self.norms = nnx.List([nnx.BatchNorm(m, momentum=0.9, rngs=rngs) for _, m in pairs[:-1]])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = nnx.relu(norm(layer(x)))
-        return self.layers[-1](x)
+def head(inputs: int, rngs: nnx.Rngs) -> nnx.Sequential:
+    """The projector and the predictor: (..., inputs) to (..., 64)."""
+    return nnx.Sequential(*block(inputs, 256, rngs), nnx.Linear(256, 64, rngs=rngs))
 
 
 class Branch(nnx.Module):
-    """What student and target share: images (..., 64) to projections (..., 64), by features."""
+    """Of student and target: images (..., 64) to features (..., 128) to projections (..., 64)."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.encoder = MLP((SIDE * SIDE, 256, 256, 128), rngs)
-        self.projector = MLP((128, 256, 64), rngs)
+        widths = [SIDE * SIDE, 256, 256, 128]
+        blocks = [block(n, m, rngs) for n, m in itertools.pairwise(widths)]
+        self.encoder = nnx.Sequential(*itertools.chain(*blocks))
+        self.projector = head(128, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        return self.projector(nnx.relu(self.encoder(images)))
+        return self.projector(self.encoder(images))
 
 
 class Student(nnx.Module):
-    """The network that is trained: a branch, and a predictor of the target's projection."""
+    """The network that is trained: a branch, and a predictor of the target's projections."""
 
     def __init__(self, predictor: bool, rngs: nnx.Rngs) -> None:
         self.branch = Branch(rngs)
-        self.predictor = MLP((64, 256, 64), rngs) if predictor else None
+        self.predictor = head(64, rngs) if predictor else jax.nn.identity
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        projection = self.branch(images)
-        return self.predictor(projection) if self.predictor else projection
+        return self.predictor(self.branch(images))
 
 
 class BYOL(nnx.Module):
@@ -91,20 +89,15 @@ class BYOL(nnx.Module):
         self.optimizer = nnx.Optimizer(self.student, optimizer, wrt=nnx.Param)
         # 0 is a frozen target, and 1 none: they stay so. Between, as in the paper, it slows down to 0.
         schedule = schedules.cosine(step_size, steps) if 0 < step_size < 1 else step_size
-        # BatchNorm's statistics are copied: averaged as slowly as the weights they lag behind them, and
-        # the features of a target with a small step size get worse.
-        self.target = EMATarget(nnx.state(self.student.branch), schedule, mask=parameters_only)
+        self.target = EMATarget(nnx.state(self.student.branch), schedule)
 
     def slow(self) -> Branch:
-        """The target as a network."""
+        """The target as a network, in train mode: with BatchNorm's own statistics of each batch.
+
+        In eval mode it would train on statistics that lag behind (94.7 against 95.2 % at a step size of
+        0.01), or, if a mask copies them from the student, that are not its own (90.6 %).
+        """
         return nnx.merge(nnx.graphdef(self.student.branch), self.target.params)
-
-
-def parameters_only(state: nnx.State) -> nnx.State:
-    """A mask: True for parameters, False for BatchNorm's statistics."""
-    return jax.tree.map(
-        lambda x: isinstance(x, nnx.Param), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )
 
 
 @nnx.jit
@@ -158,7 +151,7 @@ def views(key: jax.Array, images: jax.Array) -> jax.Array:
 def features(branch: Branch, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The features (n, 128) and the normalised projections (n, 64) of images (n, 64)."""
     branch.eval()
-    return nnx.relu(branch.encoder(images)), unit(branch(images))
+    return branch.encoder(images), unit(branch(images))
 
 
 def probe(x: dict[str, Any], labels: dict[str, np.ndarray], draws: int = 5) -> tuple[float, float]:
