@@ -1,0 +1,392 @@
+"""Every way to keep a slow copy, timed beside the others in one run, and beside the memory's limit.
+
+An update reads the online parameters and the slow copy, and writes the slow copy: 12 bytes a float32
+parameter. The limit is that pass in C on all cores. All cases of a tree are interleaved; figures are
+medians. A peer that is not installed is named and skipped.
+
+python tests/benchmarks/speed.py
+pip install -e '.[bench]'  # the peers; for torch on a CPU see pytorch.org
+"""
+
+import argparse
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from target_nets import EMATarget, PeriodicTarget, rules
+
+PICTURE = Path(__file__).parents[2] / "examples" / "figures" / "speed.png"
+STEP_SIZE = 0.005
+Case = Callable[[], Any]  # one update; what it returns is waited for
+
+
+# The trees
+
+
+def dqn() -> list[tuple[int, ...]]:
+    """A Q-network: 6 arrays, 68 thousand parameters."""
+    return [shape for n, m in itertools.pairwise([4, 256, 256, 2]) for shape in ((n, m), (m,))]
+
+
+def resnet50() -> list[tuple[int, ...]]:
+    """ResNet-50: 161 arrays, 25.6 million parameters."""
+    convolutions, inputs = [(7, 7, 3, 64)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions += [(1, 1, inputs, width), (3, 3, width, width), (1, 1, width, 4 * width)]
+            if block == 0:
+                convolutions.append((1, 1, inputs, 4 * width))
+            inputs = 4 * width
+    norms = [(shape[-1],) for shape in convolutions for _ in ("scale", "bias")]
+    return [*convolutions, *norms, (2048, 1000), (1000,)]
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """GPT-2 small: 148 arrays, 124 million parameters."""
+    d = 768
+    layer = [(d,)] * 4 + [(d, 3 * d), (3 * d,), (d, d), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [(50257, d), (1024, d), *layer * 12, (d,), (d,)]
+
+
+def many() -> list[tuple[int, ...]]:
+    """1,000 arrays of 256."""
+    return [(256,)] * 1000
+
+
+TREES = {"DQN": dqn, "1,000 arrays": many, "ResNet-50": resnet50, "GPT-2": gpt2}
+
+
+def tree_of(shapes: list[tuple[int, ...]], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """Parameters of these shapes."""
+    return {f"{i:04d}": jnp.full(shape, 0.5, dtype) for i, shape in enumerate(shapes)}
+
+
+# The cases
+
+
+def target_nets_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
+    """Ours, and the same arithmetic without us."""
+    online = tree_of(shapes)
+    half = tree_of(shapes, jnp.bfloat16)
+
+    def updating(target: Any, online: Any) -> Case:
+        return lambda: target.update(online)
+
+    yield "EMATarget.update", updating(EMATarget(online, STEP_SIZE), online)
+    yield "EMATarget.update, donate", updating(EMATarget(online, STEP_SIZE, donate=True), online)
+    yield "... compensated", updating(EMATarget(online, STEP_SIZE, compensated=True), online)
+    yield "... bfloat16 online, donate", updating(EMATarget(half, STEP_SIZE, donate=True), half)
+    periodic = PeriodicTarget(online, 10**9, donate=True)
+    yield "PeriodicTarget.sync, donate", lambda: periodic.sync(online)
+    waiting = PeriodicTarget(online, 10**9)
+    yield "PeriodicTarget.update between syncs", lambda: waiting.update(online).step
+
+    bare = jax.jit(lambda new, old, s: jax.tree.map(lambda x, y: rules.average(x, y, s), new, old))
+    yield "the bare jitted rule", carried(lambda slow: bare(online, slow, STEP_SIZE), tree_of(shapes))
+
+    # A train step that moves its parameters a little, donated.
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def with_target(params: Any, target: Any) -> Any:
+        params = jax.tree.map(lambda p: 0.999 * p, params)
+        return params, target.update(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def by_hand(params: Any, slow: Any) -> Any:
+        params = jax.tree.map(lambda p: 0.999 * p, params)
+        return params, jax.tree.map(lambda p, q: q + STEP_SIZE * (p - q), params, slow)
+
+    target = jax.jit(lambda t: t)(EMATarget(online, STEP_SIZE))
+    yield "in a jitted step", carried(lambda state: with_target(*state), (tree_of(shapes), target))
+    slow = tree_of(shapes)
+    yield "by hand in a jitted step", carried(lambda state: by_hand(*state), (tree_of(shapes), slow))
+
+
+def carried(step: Callable[[Any], Any], state: Any) -> Case:
+    """A step whose result is the next one's argument."""
+
+    def case() -> Any:
+        nonlocal state
+        state = step(state)
+        return state
+
+    return case
+
+
+def jax_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
+    """optax and flax."""
+    online = tree_of(shapes)
+
+    def incremental(function: Any) -> Case:
+        return carried(lambda slow: function(online, slow, STEP_SIZE), tree_of(shapes))
+
+    yield "optax.incremental_update, eager", incremental(optax.incremental_update)
+    yield "optax.incremental_update, jit", incremental(jax.jit(optax.incremental_update))
+    donated = jax.jit(optax.incremental_update, donate_argnums=1)
+    yield "optax.incremental_update, jit, donated", incremental(donated)
+
+    def periodic(function: Any) -> Case:
+        return carried(lambda slow: function(online, slow, 1, 100), tree_of(shapes))
+
+    yield "optax.periodic_update, eager", periodic(optax.periodic_update)
+    yield "optax.periodic_update, jit", periodic(jax.jit(optax.periodic_update))
+
+    variables = nnx.State({name: nnx.Param(x) for name, x in online.items()})
+    eager, jitted = (nnx.EMA(variables, decay=1 - STEP_SIZE) for _ in range(2))
+
+    def nnx_eager() -> Any:
+        eager.update(variables)
+        return jax.tree.leaves(eager.params)
+
+    update = nnx.jit(lambda ema, variables: ema.update(variables))
+
+    def nnx_jit() -> Any:
+        update(jitted, variables)
+        return jax.tree.leaves(jitted.params)
+
+    yield "flax.nnx.EMA, eager", nnx_eager
+    yield "flax.nnx.EMA in nnx.jit", nnx_jit
+
+
+def torch_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
+    """torch and what is built on it, each with its fused loop over all arrays."""
+    if not importlib.util.find_spec("torch"):
+        return
+    import torch
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    def model() -> Any:
+        return torch.nn.ParameterList(torch.nn.Parameter(torch.full(shape, 0.5)) for shape in shapes)
+
+    online = model()
+    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(1 - STEP_SIZE))
+    yield "torch AveragedModel", lambda: averaged.update_parameters(online)
+    if importlib.util.find_spec("ema_pytorch"):
+        from ema_pytorch import EMA
+
+        beta = 1 - STEP_SIZE
+        ema = EMA(
+            online, beta=beta, min_value=beta, update_after_step=0, update_every=1, use_foreach=True
+        )
+        yield "ema-pytorch", ema.update
+    if timm := importlib.util.find_spec("timm"):
+        # Its file by itself: the package would need torchvision, which averaging does not.
+        path = Path(timm.submodule_search_locations[0]) / "utils" / "model_ema.py"
+        spec = importlib.util.spec_from_file_location("timm_model_ema", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        version3 = module.ModelEmaV3(online, decay=1 - STEP_SIZE)
+        yield "timm ModelEmaV3", lambda: version3.update(online)
+    if importlib.util.find_spec("diffusers"):
+        from diffusers.training_utils import EMAModel
+
+        ema_model = EMAModel(
+            online.parameters(), decay=1 - STEP_SIZE, min_decay=1 - STEP_SIZE, foreach=True
+        )
+        parameters = list(online.parameters())
+        yield "diffusers EMAModel", lambda: ema_model.step(parameters)
+
+
+C = """
+void update(float* slow, const float* online, long n, float s) {
+    #pragma omp parallel for simd
+    for (long i = 0; i < n; i++) slow[i] += s * (online[i] - slow[i]);
+}
+"""
+
+
+def limit_cases(shapes: list[tuple[int, ...]], folder: Path) -> Iterator[tuple[str, Case]]:
+    """The pass in C on all cores; without a compiler the same in NumPy, on one."""
+    slow, online = (np.full(sum(map(np.prod, shapes)), 0.5, np.float32) for _ in range(2))
+    compiler = shutil.which("cc")
+    if compiler is None:
+        spare = np.empty_like(slow)
+
+        def in_numpy() -> None:
+            np.subtract(online, slow, out=spare)
+            np.multiply(spare, np.float32(STEP_SIZE), out=spare)
+            np.add(slow, spare, out=slow)
+
+        yield "NumPy, in place (no C compiler)", in_numpy
+        return
+    (folder / "limit.c").write_text(C)
+    options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run([compiler, *options, "limit.c", "-o", "limit.so"], cwd=folder, check=True)
+    update = ctypes.CDLL(str(folder / "limit.so")).update
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (slow, online)]
+    count, size = ctypes.c_long(slow.size), ctypes.c_float(STEP_SIZE)
+    yield "the limit: C, all cores", lambda: update(*pointers, count, size)
+
+
+# Timing
+
+
+class Compilations(logging.Handler):
+    """Counts what jax compiles."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Counts a log record that says so."""
+        self.count += record.getMessage().startswith("Compiling")
+
+
+def first_calls(cases: dict[str, Case]) -> dict[str, dict[str, float]]:
+    """Of the first call of each case: its seconds, the compilations, and the memory it peaked at."""
+    logger, found = logging.getLogger("jax"), {}
+    for name, case in cases.items():
+        handler = Compilations()
+        logger.addHandler(handler)
+        logger.propagate = False
+        with jax.log_compiles(True):
+            start = time.perf_counter()
+            jax.block_until_ready(case())
+            seconds = time.perf_counter() - start
+        logger.removeHandler(handler)
+        found[name] = {"first": seconds, "compilations": handler.count}
+        before = memory("VmRSS")
+        if before is not None:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+            jax.block_until_ready(case())
+            found[name]["peak"] = memory("VmHWM") - before
+    return found
+
+
+def memory(key: str) -> float | None:
+    """Bytes of memory of this process, where Linux tells."""
+    status = Path("/proc/self/status")
+    if not status.exists() or not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    lines = (line.split() for line in status.read_text().splitlines())
+    return next(1024.0 * float(line[1]) for line in lines if line[0] == f"{key}:")
+
+
+def medians(cases: dict[str, Case], rounds: int, calls: int, name: str) -> dict[str, float]:
+    """Seconds of a call of each case, all of them in turn."""
+    seconds: dict[str, list[float]] = {case: [] for case in cases}
+    for _ in tqdm(range(rounds), name, leave=False):
+        for case, call in cases.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = call()
+            jax.block_until_ready(result)
+            seconds[case].append((time.perf_counter() - start) / calls)
+            del result
+    return {case: statistics.median(each) for case, each in seconds.items()}
+
+
+def table(tree: str, rounds: int, calls: int, folder: Path) -> dict[str, dict[str, float]]:
+    """Prints what each case costs on a tree."""
+    shapes = TREES[tree]()
+    count = sum(int(np.prod(shape)) for shape in shapes)
+    cases = {
+        **dict(limit_cases(shapes, folder)),
+        **dict(target_nets_cases(shapes)),
+        **dict(jax_cases(shapes)),
+        **dict(torch_cases(shapes)),
+    }
+    found = first_calls(cases)
+    for name, seconds in medians(cases, rounds, calls, tree).items():
+        found[name]["seconds"] = seconds
+    unit = found["EMATarget.update"]["seconds"]
+    print(f"\n{tree}: {len(shapes)} arrays, {count / 1e6:.3g} million parameters")
+    print(f"{'':40s}{'us a call':>12s}{'x':>8s}{'GB/s':>8s}{'peak MB':>9s}{'first s':>9s}  compilations")
+    for name, each in found.items():
+        speed = f"{12 * count / each['seconds'] / 1e9:.1f}"
+        print(
+            f"{name:40s}{each['seconds'] * 1e6:12.1f}{each['seconds'] / unit:8.2f}{speed:>8s}"
+            f"{each.get('peak', np.nan) / 1e6:9.0f}{each['first']:9.2f}{each['compilations']:6.0f}"
+        )
+    return found
+
+
+def growth(rounds: int) -> dict[str, dict[int, float]]:
+    """Seconds of an eager donated update by parameters in one array, and by arrays of 256."""
+    found: dict[str, dict[int, float]] = {}
+    for what, sizes in (
+        ("parameters", [4**k for k in range(5, 15)]),
+        ("arrays", [1, 3, 10, 30, 100, 300, 1000, 3000]),
+    ):
+        found[what] = {}
+        for size in sizes:
+            shapes = [(size,)] if what == "parameters" else [(256,)] * size
+            online = tree_of(shapes)
+            target = EMATarget(online, STEP_SIZE, donate=True)
+            case = {"": lambda target=target, online=online: target.update(online)}
+            case[""]()
+            found[what][size] = medians(case, rounds, 5, f"{size} {what}")[""]
+    return found
+
+
+def draw(tables: dict[str, Any], grown: dict[str, dict[int, float]]) -> None:
+    """Bars for the smallest and the largest tree, and how the cost grows."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(10, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic([["DQN", "GPT-2"], ["DQN", "GPT-2"], ["parameters", "arrays"]])
+    for tree in ("DQN", "GPT-2"):
+        seconds = {name: each["seconds"] * 1e6 for name, each in tables[tree].items()}
+        names = sorted(seconds, key=seconds.__getitem__, reverse=True)
+        ours = ("EMATarget", "PeriodicTarget", "...", "in a jitted")
+        colours = [
+            "tab:blue" if n.startswith(ours) else "0.2" if "limit" in n else "tab:orange" for n in names
+        ]
+        bars = panels[tree].barh(names, [seconds[name] for name in names], color=colours)
+        panels[tree].bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+        panels[tree].set(xscale="log", title=f"{tree}, microseconds an update")
+        panels[tree].margins(x=0.15)
+        panels[tree].tick_params(axis="y", labelsize=7)
+    for what in ("parameters", "arrays"):
+        panels[what].loglog(grown[what].keys(), [1e6 * s for s in grown[what].values()], "o-")
+        panels[what].set(xlabel=what, ylabel="microseconds")
+        panels[what].grid(alpha=0.3)
+    figure.savefig(PICTURE, dpi=120)
+
+
+def main() -> None:
+    """Prints the tables and draws the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES), help="which (all)")
+    parser.add_argument("--json", type=Path, help="file for the raw figures")
+    args = parser.parse_args()
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    for name in ("torch", "ema_pytorch", "timm", "diffusers"):
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.metadata.version(name)
+        else:
+            print(f"skipped: {name} (not installed)")
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        tables = {
+            tree: table(tree, *((30, 10) if tree in ("DQN",) else (7, 1)), Path(folder))
+            for tree in args.trees
+        }
+    if args.json:
+        args.json.write_text(json.dumps({"versions": versions, "tables": tables}, indent=1))
+    if args.trees == list(TREES):
+        draw(tables, growth(7))
+
+
+if __name__ == "__main__":
+    main()
