@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+from dqn import interruptible, within
 from flax import nnx, serialization
 from jax.scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
@@ -156,6 +157,7 @@ def views(key: jax.Array, images: jax.Array) -> jax.Array:
 @nnx.jit
 def features(branch: Branch, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The features (n, 128) and the normalised projections (n, 64) of images (n, 64)."""
+    branch = nnx.clone(branch)  # nnx.jit would carry the mode out to the caller's
     branch.eval()
     return branch.encoder(images), unit(branch(images))
 
@@ -219,7 +221,7 @@ class Run:
         batches = rows[: len(rows) // BATCH * BATCH].reshape(-1, BATCH)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(batches))
         losses = [train_step(self.byol, images[b], key) for b, key in zip(batches, keys, strict=True)]
-        self.losses.append(float(np.mean(losses)))
+        self.losses.append(float(sum(losses) / len(losses)))
 
     def features(self, branch: Branch) -> dict[str, jax.Array]:
         """The features of all images."""
@@ -242,10 +244,12 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Writes model, optimizer and target together; the path holds the old state or the new one."""
+        student = nnx.to_pure_dict(nnx.state((self.byol.student, self.byol.optimizer)))
         state = {
             "settings": self.settings,
             "losses": np.array(self.losses),
-            "byol": nnx.to_pure_dict(nnx.state(self.byol)),
+            "student": student,
+            "target": self.byol.target,
         }
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(serialization.to_bytes(state))
@@ -253,24 +257,34 @@ class Run:
 
     def restore(self, path: Path) -> None:
         """Goes on from what was saved by a run of the same settings; a ValueError where it cannot."""
-        graphdef, state = nnx.split(self.byol)
+        graphdef, state = nnx.split((self.byol.student, self.byol.optimizer))
+        student = nnx.to_pure_dict(state)
         try:
             saved = serialization.msgpack_restore(path.read_bytes())
             if saved["settings"] != self.settings:
                 raise ValueError(f"a run with other settings: {saved['settings']}")
-            pure = serialization.from_state_dict(nnx.to_pure_dict(state), saved["byol"])
+            target = serialization.from_state_dict(self.byol.target, saved["target"])
+            restored = serialization.from_state_dict(student, saved["student"])
+            if jax.tree.map(jnp.shape, restored) != jax.tree.map(
+                jnp.shape, student
+            ):  # flax looks at none
+                raise ValueError("arrays of other shapes")
+            losses = [float(loss) for loss in saved["losses"]]
         except Exception as error:  # damaged bytes make decoders stumble in any way
             raise ValueError(f"{path} is no checkpoint of this run: {error}") from None
-        nnx.replace_by_pure_dict(state, pure)
-        self.byol = nnx.merge(graphdef, state)
-        self.losses = [float(loss) for loss in saved["losses"]]
+        nnx.replace_by_pure_dict(state, restored)
+        self.byol.student, self.byol.optimizer = nnx.merge(graphdef, state)
+        self.byol.target, self.losses = target, losses
 
 
 def train(run: Run, checkpoint: Path | None = None, name: str = "byol") -> Run:
-    """Trains to the end of the settings' epochs, saving after each."""
-    epochs = run.settings["epochs"]
-    with tqdm(total=epochs, initial=len(run.losses), unit="epoch", desc=name) as bar:
-        while len(run.losses) < epochs:
+    """Trains to the end of the settings' epochs, or to a Ctrl-C, saving after each."""
+    epochs, done = run.settings["epochs"], len(run.losses)
+    with (
+        interruptible() as interrupted,
+        tqdm(total=epochs, initial=done, unit="epoch", desc=name) as bar,
+    ):
+        while len(run.losses) < epochs and not interrupted:
             run.epoch()
             if checkpoint is not None:
                 run.save(checkpoint)
@@ -317,6 +331,8 @@ def ablation(seed: int, epochs: int) -> None:
             run = Run(seed, epochs, round(1 - decay, 6), predictor)
             name = f"base decay {decay:g}{'' if predictor else ', no predictor'}"
             train(run, name=name)
+            if len(run.losses) < epochs:
+                return
             few, _ = probe(run.features(run.byol.slow()), run.labels)
             cells.append((few, *run.spread()))
         rows.append((decay, cells))
@@ -329,18 +345,14 @@ def ablation(seed: int, epochs: int) -> None:
     print("target: accuracy of a probe of its features, 10 labels a class")
 
 
-def positive(text: str) -> int:
-    """A command line's integer from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="BYOL on handwritten digits.", allow_abbrev=False)
-    parser.add_argument("--epochs", type=positive, default=EPOCHS, help=f"how long to train ({EPOCHS})")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and views (0)")
+    parser.add_argument(
+        "--epochs", type=within(1, 10**6), default=EPOCHS, help=f"how long to train ({EPOCHS})"
+    )
+    parser.add_argument(
+        "--seed", type=within(0, 2**32 - 1), default=0, help="of split, weights and views (0)"
+    )
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the picture (runs)")
     parser.add_argument("--ablation", action="store_true", help="compare targets of other speeds")
@@ -348,18 +360,22 @@ def main() -> int:
     if args.ablation:
         ablation(args.seed, args.epochs)
         return 0
+    for name, folder in (("--out", args.out), ("--checkpoint", args.checkpoint)):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{name}: {folder} is no folder, and cannot be made one: {error}")
     run, checkpoint = Run(args.seed, args.epochs), None
     if args.checkpoint is not None:
-        args.checkpoint.mkdir(parents=True, exist_ok=True)
         checkpoint = args.checkpoint / "byol.msgpack"
         if checkpoint.exists():
             try:
                 run.restore(checkpoint)
             except ValueError as error:
                 parser.error(f"--checkpoint: {error}")
-    try:
-        train(run, checkpoint)
-    except KeyboardInterrupt:
+    train(run, checkpoint)
+    if len(run.losses) < args.epochs:
         again = "; the same command goes on from there" if checkpoint else ""
         print(f"stopped after {len(run.losses)} of {args.epochs} epochs{again}")
         return 130
@@ -371,7 +387,6 @@ def main() -> int:
     print(
         f"projections: spread {width:.2f} (0 is collapse, 1 the most), effective rank {rank:.1f} of 64"
     )
-    args.out.mkdir(parents=True, exist_ok=True)
     draw(run, probes, args.out / "byol.png")
     print(f"picture: {args.out / 'byol.png'}")
     return 0

@@ -325,13 +325,13 @@ def draw(run: Run, path: Path) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C, so that the block under way is finished; a second one is immediate."""
+    """Collects the first Ctrl-C, so that what is under way is finished; a second one is immediate."""
     signals: list[int] = []
 
     def remember(number: int, _: Any) -> None:
         signals.append(number)
         signal.signal(signal.SIGINT, previous)
-        tqdm.write("interrupted: finishing this block, then saving; Ctrl-C again stops at once")
+        tqdm.write("interrupted: finishing what is under way, then saving; Ctrl-C again stops at once")
 
     previous = signal.signal(signal.SIGINT, remember)
     try:
@@ -359,18 +359,20 @@ def learn(run: Run, out: Path, interrupted: list[int]) -> None:
     draw(run, out / "learning_curve.png")
 
 
+def within(low: int, high: int) -> Any:
+    """A type of the command line: integers from low to high."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not within {low} to {high}")
+        return value
+
+    return integer
+
+
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
-
-    def within(low: int, high: int) -> Any:
-        def integer(text: str) -> int:
-            value = int(text)
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"{value} is not within {low} to {high}")
-            return value
-
-        return integer
-
     parser = argparse.ArgumentParser(description="Deep Q-learning on CartPole-v1.", allow_abbrev=False)
     parser.add_argument("--target", choices=("ema", "periodic", "none"), help="the target network (ema)")
     parser.add_argument(

@@ -1,9 +1,10 @@
 """Schedules: every averaging scheme is the same rule with another step size.
 
-A schedule is a callable of n, the number of averagings done before this one (0 at the first), that
-returns the step size, 1 - decay. Those here are plain values: hashable, picklable, and equal when their
-settings are equal, so that an equal one compiles nothing again. n may be a number or an array, traced
-or not; the result is float32 (float64 with `jax_enable_x64`), accurate at any n.
+A schedule is a callable of n, the number of averagings done before this one (0 at the first; skipped
+ones do not count), that returns the step size, 1 - decay. Those here are plain values: hashable,
+picklable, and equal when their settings are equal, so that an equal one compiles nothing again. n may be
+a number or an array, traced or not; the result is float32 (float64 with `jax_enable_x64`), accurate at
+any n.
 
 optax's schedules are callables of the same kind. "Copy until step 1,000, then average":
 
@@ -21,6 +22,7 @@ The weight that an average gives to a past iterate is the step size at that iter
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -32,29 +34,32 @@ from jax.typing import ArrayLike
 __all__ = ["bias_corrected", "cosine", "inverse_power", "power_function", "ramp", "uniform"]
 
 
-def _number(low: float, high: float, *, above: bool = False) -> Any:
-    """A validator of numbers within [low, high], or (low, high]; finite ones."""
+def _number(name: str, low: float, high: float) -> Callable[[Any], float]:
+    """A converter of numbers within [low, high] to floats."""
 
-    def check(_: Any, field: Any, value: Any) -> None:
-        _check_number(field.name, value, low, high, above)
+    def convert(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        number: Any = value
+        if not low <= number <= high:
+            raise ValueError(f"{name}: expected a number in [{low:g}, {high:.4g}], got {value}")
+        return float(number)
 
-    return check
-
-
-def _check_number(name: str, value: Any, low: float, high: float, above: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    number = float(value)
-    if not (low < number if above else low <= number) or not number <= high or math.isinf(number):
-        interval = f"{'(' if above else '['}{low:g}, {high:.4g}{')' if math.isinf(high) else ']'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
+    return convert
 
 
-def _integer(_: Any, field: Any, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{field.name}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{field.name}: expected at least 1, got {value}")
+def _count(name: str) -> Callable[[Any], int]:
+    """A converter of integers from 1."""
+
+    def convert(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        number: Any = value
+        if not 1 <= number < 2**31:
+            raise ValueError(f"{name}: expected 1 to 2**31-1, got {value}")
+        return int(number)
+
+    return convert
 
 
 def _float(n: ArrayLike) -> jax.Array:
@@ -84,8 +89,8 @@ class cosine:
       [0.004, 0.002, 0.0, 0.0]
     """
 
-    base_step_size: float = attrs.field(validator=_number(0, 1))
-    total_steps: int = attrs.field(validator=_integer)
+    base_step_size: float = attrs.field(converter=_number("base_step_size", 0, 1))
+    total_steps: int = attrs.field(converter=_count("total_steps"))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
@@ -102,8 +107,8 @@ class inverse_power:
 
     Args:
       inv_gamma: How many averagings the warm-up takes to get going, above 0.
-      power: How fast the step size falls, above 0: 2/3 for a million averagings and more, 3/4 for fewer,
-        1 for the mean of all iterates.
+      power: How fast the step size falls, at least 0: 2/3 for a million averagings and more, 3/4 for
+        fewer, 1 for the mean of all iterates.
       min_step_size: Where it ends, in [0, 1]: 1 - the largest decay.
       max_step_size: The largest after the first, in [0, 1].
 
@@ -119,10 +124,10 @@ class inverse_power:
       [1.0, 0.25, 0.1111, 0.01]
     """
 
-    inv_gamma: float = attrs.field(default=1.0, validator=_number(0, math.inf, above=True))
-    power: float = attrs.field(default=2 / 3, validator=_number(0, math.inf, above=True))
-    min_step_size: float = attrs.field(default=1e-4, validator=_number(0, 1))
-    max_step_size: float = attrs.field(default=1.0, validator=_number(0, 1))
+    inv_gamma: float = attrs.field(default=1.0, converter=_number("inv_gamma", 1e-30, 1e30))
+    power: float = attrs.field(default=2 / 3, converter=_number("power", 0, 1e30))
+    min_step_size: float = attrs.field(default=1e-4, converter=_number("min_step_size", 0, 1))
+    max_step_size: float = attrs.field(default=1.0, converter=_number("max_step_size", 0, 1))
 
     def __attrs_post_init__(self) -> None:
         if self.min_step_size > self.max_step_size:
@@ -134,7 +139,7 @@ class inverse_power:
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
         n = _float(n)
-        falling = (1 + n / self.inv_gamma) ** -self.power
+        falling = jnp.exp(-self.power * jnp.log1p(n / self.inv_gamma))
         return jnp.where(n > 0, jnp.clip(falling, self.min_step_size, self.max_step_size), 1)
 
 
@@ -157,7 +162,7 @@ class ramp:
       [0.9, 0.1, 0.01]
     """
 
-    min_step_size: float = attrs.field(validator=_number(0, 1))
+    min_step_size: float = attrs.field(converter=_number("min_step_size", 0, 1))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
@@ -195,7 +200,7 @@ class bias_corrected:
     weights.
 
     Args:
-      step_size: The step size in the end, in (0, 1].
+      step_size: The step size in the end, in [1e-30, 1].
 
     Raises:
       TypeError, ValueError: The setting is of the wrong type or out of range.
@@ -209,12 +214,12 @@ class bias_corrected:
       [1.0, 0.5263, 0.1535, 0.1]
     """
 
-    step_size: float = attrs.field(validator=_number(0, 1, above=True))
+    step_size: float = attrs.field(converter=_number("step_size", 1e-30, 1))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
         n = _float(n)
-        log_decay = math.log1p(-self.step_size) if self.step_size < 1 else -math.inf
+        log_decay = math.log1p(-self.step_size) if self.step_size < 1 else -1e3
         return jnp.where(n > 0, self.step_size / -jnp.expm1((n + 1) * log_decay), 1)
 
 
@@ -227,8 +232,8 @@ class power_function:
 
     Args:
       gamma: The power, at least 0: 0 is the mean of all iterates, larger is shorter.
-      sigma_rel: The width of the average relative to the run, in (0, 0.2887], instead of gamma: 0.05 and
-        0.10 in the paper.
+      sigma_rel: The width of the average relative to the run, in [1e-6, 0.2887], instead of gamma: 0.05
+        and 0.10 in the paper.
 
     Raises:
       TypeError, ValueError: Not one setting is given, or it is of the wrong type or out of range.
@@ -245,7 +250,7 @@ class power_function:
       [1.0, 0.0767, 0.0008]
     """
 
-    gamma: float = attrs.field(validator=_number(0, math.inf), repr=lambda gamma: f"{gamma:.6f}")
+    gamma: float = attrs.field(converter=_number("gamma", 0, 1e30), repr=lambda gamma: f"{gamma:.7g}")
 
     if TYPE_CHECKING:
 
@@ -260,11 +265,12 @@ class power_function:
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
-        return -jnp.expm1((self.gamma + 1) * jnp.log1p(-1 / (_float(n) + 1)))
+        n = _float(n)
+        later = -jnp.expm1((self.gamma + 1) * jnp.log1p(-1 / (jnp.maximum(n, 1) + 1)))
+        return jnp.where(n > 0, later, 1)
 
 
 def gamma_of(sigma_rel: float) -> float:
     """The power whose profile has the width `sigma_rel`, relative to the run (EDM2, appendix C.1)."""
-    _check_number("sigma_rel", sigma_rel, 0, 0.2887, above=True)  # the mean of all iterates: 12**-0.5
-    t = float(sigma_rel) ** -2
+    t = _number("sigma_rel", 1e-6, 0.2887)(sigma_rel) ** -2  # the widest, of all iterates: 12**-0.5
     return max(0.0, float(np.roots([1, 7, 16 - t, 12 - t]).real.max()))

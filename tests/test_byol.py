@@ -1,5 +1,6 @@
 """The BYOL example learns features, resumes to the bit after any epoch, and refuses other settings."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import arrays, assert_same
-from flax import nnx
+from flax import nnx, serialization
 
 EPOCHS = 4
 
@@ -41,6 +42,41 @@ def test_stopped_after_any_epoch_it_resumes_to_the_bit(
     assert second.byol.target.distance(nnx.state(second.byol.student.branch)) > 0
 
 
+def test_a_checkpoint_of_other_shapes_is_refused_and_nothing_taken_over(tmp_path: Path) -> None:
+    run = byol.Run(seed=3, epochs=EPOCHS)
+    run.save(tmp_path / "byol.msgpack")
+    saved = serialization.msgpack_restore((tmp_path / "byol.msgpack").read_bytes())
+    before = all_of(run)
+    for part, path in (("target", ["params", "projector"]), ("student", [0])):
+        node = saved[part]
+        for key in path:
+            node = node[key if key in node else str(key)]
+        layer = node["layers"]["0"] if part == "target" else node["branch"]["projector"]["layers"]
+        layer = layer if part == "target" else layer[next(iter(layer))]
+        kernel, layer["kernel"] = layer["kernel"], np.ones((7, 7), np.float32)
+        (tmp_path / "byol.msgpack").write_bytes(serialization.msgpack_serialize(saved))
+        with pytest.raises(ValueError, match="no checkpoint of this run"):
+            run.restore(tmp_path / "byol.msgpack")
+        layer["kernel"] = kernel
+    assert_same(all_of(run), before)
+
+
+def test_looking_at_features_changes_nothing() -> None:
+    looked, unseen = (byol.Run(seed=3, epochs=EPOCHS) for _ in range(2))
+    looked.spread()
+    looked.features(looked.byol.slow())
+    for run in (looked, unseen):
+        run.epoch()
+    assert_same(all_of(looked), all_of(unseen))
+
+
+def test_an_interrupted_epoch_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = byol.Run(seed=3, epochs=EPOCHS)
+    epoch = run.epoch
+    monkeypatch.setattr(run, "epoch", lambda: (signal.raise_signal(signal.SIGINT), epoch()))
+    assert len(byol.train(run).losses) == 1
+
+
 def main(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
     monkeypatch.setattr(sys, "argv", ["byol.py", *map(str, args)])
     return byol.main()
@@ -64,6 +100,10 @@ def test_the_program(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
     with pytest.raises(SystemExit):
         main(monkeypatch, *settings, "--seed", 1)
     assert "no checkpoint of this run: a run with other settings: {'seed': 0" in capfd.readouterr().err
+    for wrong in (("--seed", -1), ("--epochs", 0), ("--out", folder / "byol.msgpack")):
+        with pytest.raises(SystemExit):
+            main(monkeypatch, *settings, *wrong)
+        assert f"argument {wrong[0]}: " in (err := capfd.readouterr().err) or f"{wrong[0]}: " in err
     (folder / "byol.msgpack").write_bytes(b"nonsense")
     with pytest.raises(SystemExit):
         main(monkeypatch, *settings)
