@@ -223,7 +223,7 @@ def _exactly_between(
     rest = near_error + value_error + moved_error + weight * gap_error
 
     rounded = value + rest
-    if dtype != s.dtype:  # without the barrier XLA would leave out the cast and its way back
+    if dtype != s.dtype:  # without the barrier XLA is free to leave out the cast and its way back
         rounded = lax.optimization_barrier(rounded.astype(dtype)).astype(s.dtype)
     left = (value - rounded) + rest
     # Where nothing moves, or something is not finite, the plain rule is right.

@@ -266,6 +266,12 @@ def test_settings_that_cannot_be_meant(case: str) -> None:
 
 
 @hypothesis_settings(deadline=None)
+@given(st.floats(1e-30, 1))
+def test_a_correction_begins_with_a_copy(step_size: float) -> None:
+    assert schedules.bias_corrected(step_size)(0) == 1
+
+
+@hypothesis_settings(deadline=None)
 @given(st.floats(0, 9e5))
 def test_gamma_and_its_width_are_inverse(gamma: float) -> None:
     width = (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
