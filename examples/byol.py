@@ -265,9 +265,8 @@ class Run:
                 raise ValueError(f"a run with other settings: {saved['settings']}")
             target = serialization.from_state_dict(self.byol.target, saved["target"])
             restored = serialization.from_state_dict(student, saved["student"])
-            if jax.tree.map(jnp.shape, restored) != jax.tree.map(
-                jnp.shape, student
-            ):  # flax looks at none
+            shapes, expected = (jax.tree.map(jnp.shape, x) for x in (restored, student))
+            if shapes != expected:  # of a plain dict flax itself checks none
                 raise ValueError("arrays of other shapes")
             losses = [float(loss) for loss in saved["losses"]]
         except Exception as error:  # damaged bytes make decoders stumble in any way
@@ -351,7 +350,7 @@ def main() -> int:
         "--epochs", type=within(1, 10**6), default=EPOCHS, help=f"how long to train ({EPOCHS})"
     )
     parser.add_argument(
-        "--seed", type=within(0, 2**32 - 1), default=0, help="of split, weights and views (0)"
+        "--seed", type=within(0, 2**31 - 1), default=0, help="of split, weights and views (0)"
     )
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the picture (runs)")
