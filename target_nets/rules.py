@@ -145,7 +145,6 @@ def periodic_update(
 # The arithmetic, leaf by leaf
 
 
-@jax.jit  # so that a thousand leaves of one shape are traced once
 def average(new: jax.Array, old: jax.Array, step_size: ArrayLike) -> jax.Array:
     """The average of one leaf, in the dtype of `old`; see `incremental_update`."""
     if not jnp.issubdtype(old.dtype, jnp.inexact):
@@ -154,11 +153,10 @@ def average(new: jax.Array, old: jax.Array, step_size: ArrayLike) -> jax.Array:
         parts = ((jnp.real(new), jnp.real(old)), (jnp.imag(new), jnp.imag(old)))
         return lax.complex(*(average(x, y, step_size) for x, y in parts))
     dtype = _arithmetic(new.dtype, old.dtype)
-    s = _clipped(step_size, dtype)
-    return _between(new.astype(dtype), old.astype(dtype), s).astype(old.dtype)
+    near, far, weight = _ends(new.astype(dtype), old.astype(dtype), step_size, dtype)
+    return _where(weight == 0, jnp.copy(near), _between(near, far, weight)).astype(old.dtype)
 
 
-@jax.jit
 def compensated(
     new: jax.Array, old: jax.Array, error: jax.Array, step_size: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
@@ -175,47 +173,53 @@ def compensated(
             compensated(part(new), part(old), part(error), step_size) for part in (jnp.real, jnp.imag)
         )
         return lax.complex(reals[0], imaginaries[0]), lax.complex(reals[1], imaginaries[1])
-    s = _clipped(step_size, _arithmetic(new.dtype, old.dtype))
-    value, left = _exactly_between(*(x.astype(s.dtype) for x in (new, old, error)), s, old.dtype)
+    dtype = _arithmetic(new.dtype, old.dtype)
+    online = new.astype(dtype), jnp.zeros_like(new, dtype)
+    slow = old.astype(dtype), error.astype(dtype)
+    near, far, weight = _ends(online, slow, step_size, dtype)
+    ends = jax.tree.map(jnp.copy, near)  # that the result shares nothing even where nothing is compiled
+    value, left = _where(weight == 0, ends, _exactly_between(near, far, weight, old.dtype))
     return value.astype(old.dtype), left.astype(old.dtype)
 
 
-def _clipped(step_size: ArrayLike, dtype: Any) -> jax.Array:
-    """The step size within [0, 1], since a traced one cannot raise; nan counts as 0."""
-    s = jnp.asarray(step_size).astype(dtype)
-    return jnp.where(s > 0, jnp.minimum(s, 1), 0)
+def _ends(new: Any, old: Any, step_size: ArrayLike, dtype: Any) -> tuple[Any, Any, Any]:
+    """The end that the average is nearer to, the far one, and how far along it is, in [0, 1/2]."""
+    if isinstance(step_size, float):
+        s = dtype.type(step_size)
+    else:  # a traced one cannot raise: it is clipped, and nan counts as 0
+        s = jnp.asarray(step_size).astype(dtype)
+        s = jnp.where(s > 0, jnp.minimum(s, 1), 0)
+    low = s <= 0.5
+    return _where(low, old, new), _where(low, new, old), _where(low, s, 1 - s)  # exact above one half
+
+
+def _where(condition: Any, x: Tree, y: Tree) -> Tree:
+    """Where the condition is known now, nothing of the choice is compiled."""
+    if isinstance(condition, np.bool_):
+        return x if condition else y
+    return jax.tree.map(partial(jnp.where, condition), x, y)
 
 
 @jax.custom_jvp
-def _between(new: jax.Array, old: jax.Array, s: jax.Array) -> jax.Array:
-    """The point at `s` in [0, 1] on the way from old to new."""
-    low = s <= 0.5
-    weight = jnp.where(low, s, 1 - s)  # 1 - s is exact above one half
-    near, far = jnp.where(low, old, new), jnp.where(low, new, old)
-    gap = far - near
-    convex = (1 - weight) * near + weight * far
-    moved = jnp.where(jnp.isfinite(gap), near + weight * gap, convex)
-    # Where nothing moves the bits stay, too: of a signed zero, a denormal, or beside inf and nan.
-    return jnp.where((weight == 0) | (gap == 0), near, moved)
+def _between(near: jax.Array, far: jax.Array, weight: jax.Array) -> jax.Array:
+    """The point at `weight` on the way from near to far."""
+    # Halves, so that their difference does not overflow; taken for 0, an infinite near one stays.
+    gap = lax.select(lax.is_finite(near), near * 0.5, jnp.zeros_like(near)) - far * 0.5
+    return near - 2 * weight * gap  # so written that a signed zero keeps its sign
 
 
 @_between.defjvp
 def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    # That of the mathematics; differentiating the choices above would lose it where new equals old.
-    (new, old, s), (new_dot, old_dot, s_dot) = primals, tangents
-    return _between(new, old, s), s * new_dot + (1 - s) * old_dot + (new - old) * s_dot
+    # That of the mathematics; differentiating the choices above would lose it where both are equal.
+    (near, far, weight), (near_dot, far_dot, weight_dot) = primals, tangents
+    moved_dot = (1 - weight) * near_dot + weight * far_dot + (far - near) * weight_dot
+    return _between(near, far, weight), moved_dot
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _exactly_between(
-    new: jax.Array, old: jax.Array, error: jax.Array, s: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The same from `old + error`: the point, rounded to `dtype`, and what that cut off."""
-    low = s <= 0.5
-    weight = jnp.where(low, s, 1 - s)
-    near, far = jnp.where(low, old, new), jnp.where(low, new, old)
-    near_error, far_error = jnp.where(low, error, 0), jnp.where(low, 0, error)
-
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _exactly_between(near: Any, far: Any, weight: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The same between values with errors: the point, rounded to `dtype`, and what that cut off."""
+    (near, near_error), (far, far_error) = near, far
     gap, gap_error = _exact_sum(far, -near)
     gap_error += far_error - near_error
     moved, moved_error = _exact_product(weight, gap)
@@ -223,21 +227,20 @@ def _exactly_between(
     rest = near_error + value_error + moved_error + weight * gap_error
 
     rounded = value + rest
-    if dtype != s.dtype:  # without the barrier XLA is free to leave out the cast and its way back
-        rounded = lax.optimization_barrier(rounded.astype(dtype)).astype(s.dtype)
+    if dtype != near.dtype:  # without the barrier XLA is free to leave out the cast and its way back
+        rounded = lax.optimization_barrier(rounded.astype(dtype)).astype(near.dtype)
     left = (value - rounded) + rest
     # Where nothing moves, or something is not finite, the plain rule is right.
-    plain = (weight == 0) | ((gap == 0) & (gap_error == 0)) | ~jnp.isfinite(left)
-    value = jnp.where(plain, _between(new, old, s), rounded)
-    return value, jnp.where(plain, jnp.where(s == 0, error, 0), left)
+    plain = ((gap == 0) & (gap_error == 0)) | ~jnp.isfinite(left)
+    return jnp.where(plain, _between(near, far, weight), rounded), jnp.where(plain, 0, left)
 
 
 @_exactly_between.defjvp
-def _(dtype: Any, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> Any:
+def _(dtype: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     # That of the mathematics; what is cut off has none.
-    (new, old, error, s), (new_dot, old_dot, error_dot, s_dot) = primals, tangents
-    value_dot = s * new_dot + (1 - s) * (old_dot + error_dot) + (new - old) * s_dot
-    return _exactly_between(new, old, error, s, dtype), (value_dot, jnp.zeros_like(value_dot))
+    (near, far, weight), (near_dot, far_dot, weight_dot) = primals, tangents
+    value_dot = (1 - weight) * sum(near_dot) + weight * sum(far_dot) + (far[0] - near[0]) * weight_dot
+    return _exactly_between(near, far, weight, dtype), (value_dot, jnp.zeros_like(value_dot))
 
 
 def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -261,9 +264,15 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, x - high
 
 
+def once_a_shape(rule: Callable[..., Any], step_size: Any) -> Callable[..., Any]:
+    """The rule for one leaf at a step size; a thousand leaves of one shape trace it once."""
+    return jax.jit(partial(rule, step_size=step_size))
+
+
 def copy(new: jax.Array, old: jax.Array) -> jax.Array:
-    """The new value in the dtype of `old`: a copy, also where nothing is compiled."""
-    return jnp.copy(new) if new.dtype == old.dtype else lax.convert_element_type(new, old.dtype)
+    """The new value in the dtype of `old`, strongly typed: a copy, also where nothing is compiled."""
+    same = new.dtype == old.dtype and not getattr(new, "weak_type", False)
+    return jnp.copy(new) if same else lax.convert_element_type(new, old.dtype)
 
 
 def difference(new: jax.Array, old: jax.Array, error: jax.Array | None = None) -> jax.Array:
@@ -316,7 +325,8 @@ def _arithmetic(new: Any, old: Any) -> Any:
 @partial(jax.jit, inline=True)
 def _average_trees(new: Tree, old: Tree, step_size: ArrayLike) -> Tree:
     pairs, treedef = match(new, old, ("new_tensors", "old_tensors"))
-    return treedef.unflatten([average(x, y, step_size) for x, y in pairs])
+    leaf = once_a_shape(average, step_size)
+    return treedef.unflatten([leaf(x, y) for x, y in pairs])
 
 
 @partial(jax.jit, inline=True)

@@ -58,9 +58,8 @@ class _Settings:
     update_period: int = attrs.field(converter=_period)
     donate: bool = attrs.field(validator=attrs.validators.instance_of(bool))
     averaged: bool | tuple[bool, ...]  # a leaf each, or all or none of them; the others are copied
-    step_size: float | None = None  # None: a schedule, an array, or nothing to average
-    schedule: Schedule | None = None
-    swept: bool = False  # the step size is an array, and so a leaf
+    step_size: float | Schedule | None = None  # None: an array, or nothing to average
+    swept: bool = False  # it is an array, and so a leaf
     dtypes: tuple[Any, ...] | None = None  # what `params` casts its leaves to; None: no cast is needed
     compensated: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
     skip_nonfinite: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
@@ -144,11 +143,10 @@ class _Target(Generic[P]):
         move = self._compiled("update")
         settings, state = self._settings, self._state
         period, step = settings.update_period, state.step
-        step_size = state.step_size if settings.swept else settings.step_size
-        static = {"schedule": settings.schedule, "averaged": settings.averaged}
+        static = {"step_size": settings.step_size, "averaged": settings.averaged}
 
         def moved(n: Any, slow: Any) -> Any:
-            return rules.named(move, online_params, *slow, step_size, n, names=_NAMES, **static)
+            return rules.named(move, online_params, *slow, state.step_size, n, names=_NAMES, **static)
 
         _refuse_population("update", step)
         slow = state.params, state.compensation, state.skipped
@@ -160,7 +158,8 @@ class _Target(Generic[P]):
             count = _next(int(step), period)  # after jit this waits for the step, once
             step = _on_host(count)
             if count % period == 0:
-                slow = moved(None if settings.schedule is None else _on_host(count // period - 1), slow)
+                n = _on_host(count // period - 1) if callable(settings.step_size) else None
+                slow = moved(n, slow)
             elif not self._matched:
                 rules.match(online_params, state.params, _NAMES)
         params, compensation, skipped = slow
@@ -223,9 +222,7 @@ class _Target(Generic[P]):
         if settings.skip_nonfinite:
             parts["skipped"] = state.skipped
         if settings.averaged is not False:
-            parts["step_size"] = (
-                state.step_size if settings.swept else settings.schedule or settings.step_size
-            )
+            parts["step_size"] = state.step_size if settings.swept else settings.step_size
         parts["update_period"] = settings.update_period
         if isinstance(settings.averaged, tuple):
             parts["averaged"] = f"{sum(settings.averaged)} of {len(settings.averaged)}"
@@ -328,13 +325,12 @@ class EMATarget(_Target[P]):
         dtypes = _dtypes(params)
         averaged = _resolved(mask, params)
         held = _held(dtypes, averaged, accumulator_dtype)
-        number, schedule, array = _sorted_step_size(step_size)
+        fixed, array = _sorted_step_size(step_size)
         settings = _Settings(
             update_period=update_period,
             donate=donate,
             averaged=averaged,
-            step_size=number,
-            schedule=schedule,
+            step_size=fixed,
             swept=array is not None,
             dtypes=None if held == dtypes else tuple(dtypes),
             compensated=compensated,
@@ -401,26 +397,28 @@ def _move(
     slow: Any,
     compensation: Any,
     skipped: Any = None,
-    step_size: Any = None,
+    swept: Any = None,
     n: Any = None,
     *,
-    schedule: Schedule | None = None,
+    step_size: float | Schedule | None = None,
     averaged: bool | tuple[bool, ...],
 ) -> tuple[Any, Any, Any]:
     """The slow copy, its compensation and the count of skipped averagings after a move."""
     pairs, treedef = rules.match(online, slow, _NAMES)
     errors = _errors(compensation, treedef)
     which = averaged if isinstance(averaged, tuple) else [averaged] * len(pairs)
-    if schedule is not None:
+    rate: Any = step_size if swept is None else swept
+    if callable(step_size):
         n = n if skipped is None else jnp.maximum(n - skipped, 0)
-        step_size = rules.real_scalar("step_size, as the schedule returned it", schedule(n))
+        rate = jnp.asarray(rules.real_scalar("step_size, as the schedule returned it", step_size(n)))
+    plain, exact = (rules.once_a_shape(rule, rate) for rule in (rules.average, rules.compensated))
 
     def moved(new: Any, old: Any, error: Any, average: bool) -> tuple[Any, Any]:
         if not average:
             return rules.copy(new, old), None if error is None else error - error  # where it is placed
         if error is None:
-            return rules.average(new, old, step_size), None
-        return rules.compensated(new, old, error, step_size)
+            return plain(new, old), None
+        return exact(new, old, error)
 
     finite = None if skipped is None else rules.all_finite([new for new, _ in pairs])
     if finite is not None:
@@ -447,7 +445,7 @@ def _errors(compensation: Any, treedef: Any) -> list[Any]:
 _MOVE = {
     donate: jax.jit(
         _move,
-        static_argnames=("schedule", "averaged"),
+        static_argnames=("step_size", "averaged"),
         donate_argnames=("slow", "compensation") if donate else (),
         keep_unused=donate,
     )
@@ -571,18 +569,18 @@ def _no_errors(slow: Any, averaged: bool | tuple[bool, ...]) -> Any:
     )
 
 
-def _sorted_step_size(step_size: Any) -> tuple[float | None, Any, jax.Array | None]:
-    """A step size by what it is: a number, a schedule or an array."""
+def _sorted_step_size(step_size: Any) -> tuple[Any, jax.Array | None]:
+    """A step size by what it is: a number or a schedule, or an array."""
     if callable(step_size):
         try:
             hash(step_size)
         except TypeError:
             raise TypeError(f"step_size: a schedule must be hashable, got {step_size!r}") from None
-        return None, step_size, None
+        return step_size, None
     checked = rules.check_step_size(step_size)
     if isinstance(step_size, jax.Array | np.ndarray):
-        return None, None, jnp.array(step_size)
-    return checked, None, None
+        return None, jnp.array(step_size)
+    return checked, None
 
 
 def _own(tree: P) -> P:

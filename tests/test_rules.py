@@ -87,6 +87,24 @@ def test_a_step_size_never_promotes(dtype: Any, step_size: Any) -> None:
     np.testing.assert_array_equal(got.astype(jnp.float32), 0.5)
 
 
+def test_weakly_typed_tensors_give_strong_ones() -> None:
+    weak, integers = jnp.full(2, 1.0), jnp.full(2, 1)
+    assert weak.weak_type
+    assert integers.weak_type
+    old = jnp.zeros(2)
+    for got in (
+        incremental_update(weak, old, 0.5),
+        incremental_update(integers, old.astype(int), 0.5),
+        periodic_update(weak, old, 4, 2),
+        jax.jit(periodic_update)(weak, old, 4, 2),
+        apply_updates(old, weak),
+        target_nets.PeriodicTarget(old, 1).update(weak).params,
+        target_nets.EMATarget(old, 0.5, mask=False).update(weak).params,
+        target_nets.EMATarget(old, 0.5).sync(weak).params,
+    ):
+        assert not got.weak_type
+
+
 def test_float64_is_taken_as_jax_takes_it() -> None:
     got = incremental_update(np.ones(2), np.zeros(2), np.float64(0.5))  # warnings are errors here
     assert got.dtype == jnp.float32

@@ -115,9 +115,9 @@ def test_a_schedule_and_a_number_compile_once(trace_counter: Any) -> None:
                 target.update(params)
     assert len(calls) == len(compiled) == 1
     with trace_counter() as compiled:
-        for step_size in (0.1, 0.2, 1, np.float32(0.3)):
+        for step_size in (0.5, np.float32(0.5), 0.5, 1, 1.0):
             EMATarget(params, step_size).update(params)
-    assert len(compiled) == 1
+    assert len(compiled) == 2  # a number is part of the program
 
 
 def test_reading_161_bfloat16_arrays_is_one_compiled_call(trace_counter: Any) -> None:
