@@ -143,9 +143,9 @@ class _Target(Generic[P]):
         move = self._compiled("update")
         settings, state = self._settings, self._state
         period, step = settings.update_period, state.step
-        static = {"step_size": settings.step_size, "averaged": settings.averaged}
 
         def moved(n: Any, slow: Any) -> Any:
+            static = {"step_size": settings.step_size, "averaged": settings.averaged}
             return rules.named(move, online_params, *slow, state.step_size, n, names=_NAMES, **static)
 
         _refuse_population("update", step)
@@ -469,7 +469,7 @@ def _refuse_population(method: str, step: Any) -> None:
 
 def _on_host(step: int) -> np.ndarray:
     array = np.array(step, np.int32)
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array
 
 

@@ -1,8 +1,8 @@
 """Every way to keep a slow copy, timed beside the others in one run, and beside the memory's limit.
 
 An update reads the online parameters and the slow copy, and writes the slow copy: 12 bytes a float32
-parameter. The limit is that pass in C on all cores. All cases of a tree are interleaved; figures are
-medians. A peer that is not installed is named and skipped.
+parameter. The limit is that pass in C on all cores, over arrays of the same kind of memory. All cases of
+a tree are interleaved; figures are medians. A peer that is not installed is named and skipped.
 
 python tests/benchmarks/speed.py
 pip install -e '.[bench]'  # the peers; for torch on a CPU see pytorch.org
@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -79,9 +80,11 @@ def many() -> list[tuple[int, ...]]:
 TREES = {"DQN": dqn, "1,000 arrays": many, "ResNet-50": resnet50, "GPT-2": gpt2}
 
 
-def tree_of(shapes: list[tuple[int, ...]], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+def tree_of(
+    shapes: list[tuple[int, ...]], value: float, dtype: Any = jnp.float32
+) -> dict[str, jax.Array]:
     """Parameters of these shapes."""
-    return {f"{i:04d}": jnp.full(shape, 0.5, dtype) for i, shape in enumerate(shapes)}
+    return {f"{i:04d}": jnp.full(shape, value, dtype) for i, shape in enumerate(shapes)}
 
 
 # The cases
@@ -89,39 +92,53 @@ def tree_of(shapes: list[tuple[int, ...]], dtype: Any = jnp.float32) -> dict[str
 
 def target_nets_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
     """Ours, and the same arithmetic without us."""
-    online = tree_of(shapes)
-    half = tree_of(shapes, jnp.bfloat16)
+    online, start = tree_of(shapes, 1.0), tree_of(shapes, 0.5)
+    half = tree_of(shapes, 1.0, jnp.bfloat16)
 
-    def updating(target: Any, online: Any) -> Case:
+    def updating(target: Any, online: Any = online) -> Case:
         return lambda: target.update(online)
 
-    yield "EMATarget.update", updating(EMATarget(online, STEP_SIZE), online)
-    yield "EMATarget.update, donate", updating(EMATarget(online, STEP_SIZE, donate=True), online)
-    yield "... compensated", updating(EMATarget(online, STEP_SIZE, compensated=True), online)
-    yield "... bfloat16 online, donate", updating(EMATarget(half, STEP_SIZE, donate=True), half)
-    periodic = PeriodicTarget(online, 10**9, donate=True)
+    yield "EMATarget.update", updating(EMATarget(start, STEP_SIZE))
+    yield "EMATarget.update, donate", updating(EMATarget(start, STEP_SIZE, donate=True))
+    schedule = optax.linear_schedule(STEP_SIZE, 0.0, 10**6)
+    yield "... with a schedule, donate", updating(EMATarget(start, schedule, donate=True))
+    yield "... compensated", updating(EMATarget(start, STEP_SIZE, compensated=True))
+    held = EMATarget(half, STEP_SIZE, donate=True)
+    yield "... bfloat16 online, donate", updating(held, half)
+    yield "... its params, cast on reading", lambda: held.params
+    periodic = PeriodicTarget(start, 10**9, donate=True)
     yield "PeriodicTarget.sync, donate", lambda: periodic.sync(online)
-    waiting = PeriodicTarget(online, 10**9)
+    waiting = PeriodicTarget(start, 10**9)
     yield "PeriodicTarget.update between syncs", lambda: waiting.update(online).step
 
     bare = jax.jit(lambda new, old, s: jax.tree.map(lambda x, y: rules.average(x, y, s), new, old))
-    yield "the bare jitted rule", carried(lambda slow: bare(online, slow, STEP_SIZE), tree_of(shapes))
+    yield "the bare jitted rule", carried(lambda slow: bare(online, slow, STEP_SIZE), start)
 
-    # A train step that moves its parameters a little, donated.
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def with_target(params: Any, target: Any) -> Any:
-        params = jax.tree.map(lambda p: 0.999 * p, params)
-        return params, target.update(params)
+    optimizer = optax.adam(1e-6)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def by_hand(params: Any, slow: Any) -> Any:
-        params = jax.tree.map(lambda p: 0.999 * p, params)
-        return params, jax.tree.map(lambda p, q: q + STEP_SIZE * (p - q), params, slow)
+    def train(params: Any, state: Any) -> Any:
+        updates, state = optimizer.update(params, state)  # the gradient of half their square
+        return optax.apply_updates(params, updates), state
 
-    target = jax.jit(lambda t: t)(EMATarget(online, STEP_SIZE))
-    yield "in a jitted step", carried(lambda state: with_target(*state), (tree_of(shapes), target))
-    slow = tree_of(shapes)
-    yield "by hand in a jitted step", carried(lambda state: by_hand(*state), (tree_of(shapes), slow))
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def with_target(params: Any, state: Any, target: Any) -> Any:
+        params, state = train(params, state)
+        return params, state, target.update(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def by_hand(params: Any, state: Any, slow: Any) -> Any:
+        params, state = train(params, state)
+        return params, state, jax.tree.map(lambda p, q: q + STEP_SIZE * (p - q), params, slow)
+
+    for name, step, slow in (
+        ("in a jitted train step", with_target, EMATarget(start, STEP_SIZE)),
+        ("by hand in a jitted train step", by_hand, tree_of(shapes, 0.5)),
+    ):
+        params = tree_of(shapes, 1.0)
+        yield (
+            name,
+            carried(lambda state, step=step: step(*state), (params, optimizer.init(params), slow)),
+        )
 
 
 def carried(step: Callable[[Any], Any], state: Any) -> Case:
@@ -137,10 +154,10 @@ def carried(step: Callable[[Any], Any], state: Any) -> Case:
 
 def jax_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
     """optax and flax."""
-    online = tree_of(shapes)
+    online = tree_of(shapes, 1.0)
 
     def incremental(function: Any) -> Case:
-        return carried(lambda slow: function(online, slow, STEP_SIZE), tree_of(shapes))
+        return carried(lambda slow: function(online, slow, STEP_SIZE), tree_of(shapes, 0.5))
 
     yield "optax.incremental_update, eager", incremental(optax.incremental_update)
     yield "optax.incremental_update, jit", incremental(jax.jit(optax.incremental_update))
@@ -148,13 +165,16 @@ def jax_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
     yield "optax.incremental_update, jit, donated", incremental(donated)
 
     def periodic(function: Any) -> Case:
-        return carried(lambda slow: function(online, slow, 1, 100), tree_of(shapes))
+        return carried(lambda slow: function(online, slow, 1, 100), tree_of(shapes, 0.5))
 
     yield "optax.periodic_update, eager", periodic(optax.periodic_update)
     yield "optax.periodic_update, jit", periodic(jax.jit(optax.periodic_update))
 
-    variables = nnx.State({name: nnx.Param(x) for name, x in online.items()})
-    eager, jitted = (nnx.EMA(variables, decay=1 - STEP_SIZE) for _ in range(2))
+    variables, start = (
+        nnx.State({name: nnx.Param(x) for name, x in tree_of(shapes, value).items()})
+        for value in (1.0, 0.5)
+    )
+    eager, jitted = (nnx.EMA(start, decay=1 - STEP_SIZE) for _ in range(2))
 
     def nnx_eager() -> Any:
         eager.update(variables)
@@ -177,10 +197,7 @@ def torch_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
     import torch
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    def model() -> Any:
-        return torch.nn.ParameterList(torch.nn.Parameter(torch.full(shape, 0.5)) for shape in shapes)
-
-    online = model()
+    online = torch.nn.ParameterList(torch.nn.Parameter(torch.full(shape, 0.5)) for shape in shapes)
     averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(1 - STEP_SIZE))
     yield "torch AveragedModel", lambda: averaged.update_parameters(online)
     if importlib.util.find_spec("ema_pytorch"):
@@ -210,34 +227,43 @@ def torch_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
 
 
 C = """
-void update(float* slow, const float* online, long n, float s) {
-    #pragma omp parallel for simd if (n > 100000)
-    for (long i = 0; i < n; i++) slow[i] += s * (online[i] - slow[i]);
+void update(float** slow, float** online, long* sizes, int count, float s) {
+    #pragma omp parallel if (sizes[0] > 100000)
+    for (int k = 0; k < count; k++) {
+        float *x = slow[k], *y = online[k];
+        #pragma omp for simd nowait
+        for (long i = 0; i < sizes[k]; i++) x[i] += s * (y[i] - x[i]);
+    }
 }
 """
 
 
 def limit_cases(shapes: list[tuple[int, ...]], folder: Path) -> Iterator[tuple[str, Case]]:
     """The pass in C on all cores; without a compiler the same in NumPy, on one."""
-    slow, online = (np.full(sum(map(np.prod, shapes)), 0.5, np.float32) for _ in range(2))
+    slow, online = (list(tree_of(shapes, value).values()) for value in (0.5, 1.0))
     compiler = shutil.which("cc")
     if compiler is None:
-        spare = np.empty_like(slow)
+        pairs = [(np.array(x), np.asarray(y)) for x, y in zip(slow, online, strict=True)]
 
         def in_numpy() -> None:
-            np.subtract(online, slow, out=spare)
-            np.multiply(spare, np.float32(STEP_SIZE), out=spare)
-            np.add(slow, spare, out=slow)
+            for x, y in pairs:
+                x += np.float32(STEP_SIZE) * (y - x)
 
-        yield "NumPy, in place (no C compiler)", in_numpy
+        yield "NumPy (no C compiler)", in_numpy
         return
     (folder / "limit.c").write_text(C)
     options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run([compiler, *options, "limit.c", "-o", "limit.so"], cwd=folder, check=True)
     update = ctypes.CDLL(str(folder / "limit.so")).update
-    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (slow, online)]
-    count, size = ctypes.c_long(slow.size), ctypes.c_float(STEP_SIZE)
-    yield "the limit: C, all cores", lambda: update(*pointers, count, size)
+    pointers = ctypes.c_void_p * len(shapes)
+    arguments = (
+        pointers(*[x.unsafe_buffer_pointer() for x in slow]),
+        pointers(*[x.unsafe_buffer_pointer() for x in online]),
+        (ctypes.c_long * len(shapes))(*[x.size for x in slow]),
+        ctypes.c_int(len(shapes)),
+        ctypes.c_float(STEP_SIZE),
+    )
+    yield "the limit: C, all cores", lambda arrays=(slow, online): update(*arguments)
 
 
 # Timing
@@ -283,21 +309,26 @@ def memory(key: str) -> float | None:
     return next(1024.0 * float(line[1]) for line in lines if line[0] == f"{key}:")
 
 
-def medians(cases: dict[str, Case], rounds: int, calls: int, name: str) -> dict[str, float]:
-    """Seconds of a call of each case, all of them in turn."""
+def medians(cases: dict[str, Case], rounds: int, name: str) -> dict[str, float]:
+    """Seconds of a call of each case, all of them in turn, in another order each round."""
+    calls = {case: 1 + int(0.02 / timed(call, 9)) for case, call in cases.items()}
     seconds: dict[str, list[float]] = {case: [] for case in cases}
     for _ in tqdm(range(rounds), name, leave=False):
-        for case, call in cases.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                result = call()
-            jax.block_until_ready(result)
-            seconds[case].append((time.perf_counter() - start) / calls)
-            del result
+        for case in random.sample(list(cases), len(cases)):
+            seconds[case].append(timed(cases[case], calls[case]))
     return {case: statistics.median(each) for case, each in seconds.items()}
 
 
-def table(tree: str, rounds: int, calls: int, folder: Path) -> dict[str, dict[str, float]]:
+def timed(call: Case, calls: int) -> float:
+    """Seconds of one of so many calls."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def table(tree: str, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Prints what each case costs on a tree."""
     shapes = TREES[tree]()
     count = sum(int(np.prod(shape)) for shape in shapes)
@@ -308,7 +339,7 @@ def table(tree: str, rounds: int, calls: int, folder: Path) -> dict[str, dict[st
         **dict(torch_cases(shapes)),
     }
     found = first_calls(cases)
-    for name, seconds in medians(cases, rounds, calls, tree).items():
+    for name, seconds in medians(cases, rounds, tree).items():
         found[name]["seconds"] = seconds
     unit = found["EMATarget.update"]["seconds"]
     print(f"\n{tree}: {len(shapes)} arrays, {count / 1e6:.3g} million parameters")
@@ -332,11 +363,11 @@ def growth(rounds: int) -> dict[str, dict[int, float]]:
         found[what] = {}
         for size in sizes:
             shapes = [(size,)] if what == "parameters" else [(256,)] * size
-            online = tree_of(shapes)
-            target = EMATarget(online, STEP_SIZE, donate=True)
+            online = tree_of(shapes, 1.0)
+            target = EMATarget(tree_of(shapes, 0.5), STEP_SIZE, donate=True)
             case = {"": lambda target=target, online=online: target.update(online)}
             case[""]()
-            found[what][size] = medians(case, rounds, 5, f"{size} {what}")[""]
+            found[what][size] = medians(case, rounds, f"{size} {what}")[""]
     return found
 
 
@@ -380,10 +411,7 @@ def main() -> None:
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     with tempfile.TemporaryDirectory() as folder:
-        tables = {
-            tree: table(tree, *((30, 10) if tree in ("DQN",) else (7, 1)), Path(folder))
-            for tree in args.trees
-        }
+        tables = {tree: table(tree, 40 if tree == "DQN" else 15, Path(folder)) for tree in args.trees}
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "tables": tables}, indent=1))
     if args.trees == list(TREES):
