@@ -11,6 +11,7 @@ pip install -e '.[bench]'  # the peers; for torch on a CPU see pytorch.org
 import argparse
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -42,6 +43,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads are not t
 PICTURE = Path(__file__).parents[2] / "examples" / "figures" / "speed.png"
 STEP_SIZE = 0.005
 Case = Callable[[], Any]  # one update; what it returns is waited for
+Tree = dict[str, jax.Array]
 
 
 # The trees
@@ -80,20 +82,17 @@ def many() -> list[tuple[int, ...]]:
 TREES = {"DQN": dqn, "1,000 arrays": many, "ResNet-50": resnet50, "GPT-2": gpt2}
 
 
-def tree_of(
-    shapes: list[tuple[int, ...]], value: float, dtype: Any = jnp.float32
-) -> dict[str, jax.Array]:
+def tree_of(shapes: list[tuple[int, ...]], value: float) -> Tree:
     """Parameters of these shapes."""
-    return {f"{i:04d}": jnp.full(shape, value, dtype) for i, shape in enumerate(shapes)}
+    return {f"{i:04d}": jnp.full(shape, value, jnp.float32) for i, shape in enumerate(shapes)}
 
 
 # The cases
 
 
-def target_nets_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
+def target_nets_cases(online: Tree, start: Tree) -> Iterator[tuple[str, Case]]:
     """Ours, and the same arithmetic without us."""
-    online, start = tree_of(shapes, 1.0), tree_of(shapes, 0.5)
-    half = tree_of(shapes, 1.0, jnp.bfloat16)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), online)
 
     def updating(target: Any, online: Any = online) -> Case:
         return lambda: target.update(online)
@@ -114,31 +113,27 @@ def target_nets_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case
     bare = jax.jit(lambda new, old, s: jax.tree.map(lambda x, y: rules.average(x, y, s), new, old))
     yield "the bare jitted rule", carried(lambda slow: bare(online, slow, STEP_SIZE), start)
 
-    optimizer = optax.adam(1e-6)
+    optimizer = optax.sgd(1e-6)
 
-    def train(params: Any, state: Any) -> Any:
-        updates, state = optimizer.update(params, state)  # the gradient of half their square
-        return optax.apply_updates(params, updates), state
+    def trained(params: Any, gradients: Any) -> Any:
+        updates, _ = optimizer.update(gradients, optimizer.init(params))
+        return optax.apply_updates(params, updates)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def with_target(params: Any, state: Any, target: Any) -> Any:
-        params, state = train(params, state)
-        return params, state, target.update(params)
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def with_target(params: Any, target: Any, gradients: Any) -> Any:
+        params = trained(params, gradients)
+        return params, target.update(params)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def by_hand(params: Any, state: Any, slow: Any) -> Any:
-        params, state = train(params, state)
-        return params, state, jax.tree.map(lambda p, q: q + STEP_SIZE * (p - q), params, slow)
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def by_hand(params: Any, slow: Any, gradients: Any) -> Any:
+        params = trained(params, gradients)
+        return params, jax.tree.map(lambda p, q: q + STEP_SIZE * (p - q), params, slow)
 
-    for name, step, slow in (
-        ("in a jitted train step", with_target, EMATarget(start, STEP_SIZE)),
-        ("by hand in a jitted train step", by_hand, tree_of(shapes, 0.5)),
-    ):
-        params = tree_of(shapes, 1.0)
-        yield (
-            name,
-            carried(lambda state, step=step: step(*state), (params, optimizer.init(params), slow)),
-        )
+    target = EMATarget(start, STEP_SIZE)
+    state = jax.tree.map(jnp.copy, online), target
+    yield "in a jitted train step", carried(lambda state: with_target(*state, online), state)
+    state = jax.tree.map(jnp.copy, (online, start))
+    yield "by hand in a jitted train step", carried(lambda state: by_hand(*state, online), state)
 
 
 def carried(step: Callable[[Any], Any], state: Any) -> Case:
@@ -152,12 +147,12 @@ def carried(step: Callable[[Any], Any], state: Any) -> Case:
     return case
 
 
-def jax_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
+def jax_cases(online: Tree, start: Tree) -> Iterator[tuple[str, Case]]:
     """optax and flax."""
-    online = tree_of(shapes, 1.0)
 
     def incremental(function: Any) -> Case:
-        return carried(lambda slow: function(online, slow, STEP_SIZE), tree_of(shapes, 0.5))
+        slow = jax.tree.map(jnp.copy, start)
+        return carried(lambda slow: function(online, slow, STEP_SIZE), slow)
 
     yield "optax.incremental_update, eager", incremental(optax.incremental_update)
     yield "optax.incremental_update, jit", incremental(jax.jit(optax.incremental_update))
@@ -165,16 +160,15 @@ def jax_cases(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, Case]]:
     yield "optax.incremental_update, jit, donated", incremental(donated)
 
     def periodic(function: Any) -> Case:
-        return carried(lambda slow: function(online, slow, 1, 100), tree_of(shapes, 0.5))
+        return carried(lambda slow: function(online, slow, 1, 100), start)
 
     yield "optax.periodic_update, eager", periodic(optax.periodic_update)
     yield "optax.periodic_update, jit", periodic(jax.jit(optax.periodic_update))
 
-    variables, start = (
-        nnx.State({name: nnx.Param(x) for name, x in tree_of(shapes, value).items()})
-        for value in (1.0, 0.5)
+    variables, slow = (
+        nnx.State({name: nnx.Param(x) for name, x in tree.items()}) for tree in (online, start)
     )
-    eager, jitted = (nnx.EMA(start, decay=1 - STEP_SIZE) for _ in range(2))
+    eager, jitted = (nnx.EMA(slow, decay=1 - STEP_SIZE) for _ in range(2))
 
     def nnx_eager() -> Any:
         eager.update(variables)
@@ -238,9 +232,9 @@ void update(float** slow, float** online, long* sizes, int count, float s) {
 """
 
 
-def limit_cases(shapes: list[tuple[int, ...]], folder: Path) -> Iterator[tuple[str, Case]]:
+def limit_cases(tree: Tree, start: Tree, folder: Path) -> Iterator[tuple[str, Case]]:
     """The pass in C on all cores; without a compiler the same in NumPy, on one."""
-    slow, online = (list(tree_of(shapes, value).values()) for value in (0.5, 1.0))
+    online, slow = list(tree.values()), [jnp.copy(x) for x in start.values()]
     compiler = shutil.which("cc")
     if compiler is None:
         pairs = [(np.array(x), np.asarray(y)) for x, y in zip(slow, online, strict=True)]
@@ -255,12 +249,12 @@ def limit_cases(shapes: list[tuple[int, ...]], folder: Path) -> Iterator[tuple[s
     options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run([compiler, *options, "limit.c", "-o", "limit.so"], cwd=folder, check=True)
     update = ctypes.CDLL(str(folder / "limit.so")).update
-    pointers = ctypes.c_void_p * len(shapes)
+    pointers = ctypes.c_void_p * len(slow)
     arguments = (
         pointers(*[x.unsafe_buffer_pointer() for x in slow]),
         pointers(*[x.unsafe_buffer_pointer() for x in online]),
-        (ctypes.c_long * len(shapes))(*[x.size for x in slow]),
-        ctypes.c_int(len(shapes)),
+        (ctypes.c_long * len(slow))(*[x.size for x in slow]),
+        ctypes.c_int(len(slow)),
         ctypes.c_float(STEP_SIZE),
     )
     yield "the limit: C, all cores", lambda arrays=(slow, online): update(*arguments)
@@ -330,12 +324,14 @@ def timed(call: Case, calls: int) -> float:
 
 def table(tree: str, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Prints what each case costs on a tree."""
+    gc.collect()  # the last tree's arrays
     shapes = TREES[tree]()
     count = sum(int(np.prod(shape)) for shape in shapes)
+    online, start = tree_of(shapes, 1.0), tree_of(shapes, 0.5)
     cases = {
-        **dict(limit_cases(shapes, folder)),
-        **dict(target_nets_cases(shapes)),
-        **dict(jax_cases(shapes)),
+        **dict(limit_cases(online, start, folder)),
+        **dict(target_nets_cases(online, start)),
+        **dict(jax_cases(online, start)),
         **dict(torch_cases(shapes)),
     }
     found = first_calls(cases)
