@@ -19,7 +19,7 @@ Example:
   Array([2.125, 2.125], dtype=float32)
 """
 
-from target_nets import schedules
+from target_nets import posthoc, schedules
 from target_nets import serialization as serialization  # registers the classes with flax.serialization
 from target_nets.rules import apply_updates, incremental_update, periodic_update
 from target_nets.targets import EMATarget, PeriodicTarget
@@ -32,5 +32,6 @@ __all__ = [
     "apply_updates",
     "incremental_update",
     "periodic_update",
+    "posthoc",
     "schedules",
 ]

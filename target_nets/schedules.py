@@ -274,3 +274,8 @@ def gamma_of(sigma_rel: float) -> float:
     """The power whose profile has the width `sigma_rel`, relative to the run (EDM2, appendix C.1)."""
     t = _number("sigma_rel", 1e-6, 0.2887)(sigma_rel) ** -2  # the widest, of all iterates: 12**-0.5
     return max(0.0, float(np.roots([1, 7, 16 - t, 12 - t]).real.max()))
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """The width of the profile of the power `gamma`, relative to the run (EDM2, appendix C.1)."""
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)

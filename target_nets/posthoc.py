@@ -1,0 +1,275 @@
+"""Averages whose length is chosen when training is over.
+
+`schedules.power_function` weights the iterates of a run of length t by a profile, tau ** gamma over
+[0, t]. From snapshots of two such averages, a few dozen in all, `reconstruct` makes the average of any
+other length: the weighted sum of the snapshots whose profile is closest to the one asked for.
+
+Two targets are all it takes while training:
+
+  >>> import jax.numpy as jnp
+  >>> from flax import serialization
+  >>> from target_nets import EMATarget, posthoc, schedules
+  >>> params = {"w": jnp.zeros(2)}
+  >>> lengths = [schedules.power_function(sigma_rel=s) for s in (0.05, 0.1)]
+  >>> targets = [EMATarget(params, length) for length in lengths]
+  >>> saved = {}  # in a real run, files
+  >>> for step in range(96):
+  ...     params = {"w": params["w"] + 1.0}  # your gradient step
+  ...     for target, length in zip(targets, lengths):
+  ...         if target.update(params).step % 6 == 0:
+  ...             saved[int(target.step), length.gamma] = serialization.to_bytes(target)
+
+A resumed run writes the same bytes again. Afterwards the snapshots are loaded one by one:
+
+  >>> def load(key):
+  ...     return serialization.from_bytes(targets[0], saved[key]).params
+  >>> snapshots = [(*key, lambda key=key: load(key)) for key in saved]
+  >>> print(posthoc.reconstruct(snapshots, sigma_rel=0.07)["w"].round(2))
+  [89.24 89.24]
+
+The iterates are discrete and the profiles are not, but that costs nothing: the average of the iterates
+is exactly that of a path which stays at each of them for one unit of time.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, TypeVar
+
+import attrs
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from target_nets import rules, schedules
+
+__all__ = ["reconstruct", "solve_weights"]
+
+P = TypeVar("P")
+Vector: TypeAlias = NDArray[np.float64]
+
+_LARGEST_ERROR = 0.1
+
+
+def solve_weights(
+    steps: ArrayLike, gammas: ArrayLike, target_step: ArrayLike, target_gamma: ArrayLike
+) -> Vector:
+    """The weights of the snapshots whose sum has the profile closest to another one, in the L2 norm.
+
+    Args:
+      steps: When the snapshots were taken, of shape (N,), above 0: the number of averagings, or anything
+        in proportion to it.
+      gammas: The powers of their averages, of shape (N,), at least 0.
+      target_step: When the average asked for ends, in the unit of `steps`, at most the last of them.
+      target_gamma: Its power, at least 0.
+
+    Returns:
+      The weights, float64 of shape (N,). They sum to 1 as nearly as the profile is met.
+
+    Raises:
+      TypeError, ValueError: An argument is of the wrong type or shape or out of range, there are fewer
+        than two snapshots, or two of the same step and power.
+
+    References:
+      Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024 (EDM2),
+      section 3.2 and appendix C.
+
+    Example:
+      >>> from target_nets import posthoc
+      >>> weights = posthoc.solve_weights([50, 100, 50, 100], [6, 6, 16, 16], 100, 10)
+      >>> [round(float(weight), 3) for weight in weights]
+      [-0.005, 0.615, 0.0, 0.428]
+    """
+    steps, gammas = _checked_profiles(steps, gammas)
+    end = _checked_end("target_step", target_step, steps)
+    gamma = _checked("target_gamma", target_gamma, 0, ndim=0)
+    cosines, norms = _geometry(np.append(steps, end), np.append(gammas, gamma))
+    # Profiles that all but coincide share a weight: by themselves theirs would be huge, of either sign.
+    unit, *_ = np.linalg.lstsq(cosines[:-1, :-1], cosines[:-1, -1], rcond=1e-10)
+    return unit * norms[-1] / norms[:-1]
+
+
+def reconstruct(
+    snapshots: Iterable[tuple[ArrayLike, float, P | Callable[[], P]]],
+    *,
+    gamma: float | None = None,
+    sigma_rel: float | None = None,
+    step: ArrayLike | None = None,
+) -> P:
+    """The average of any length, from snapshots of averages of two lengths or more.
+
+    The weights are those of `solve_weights`, divided by their sum, so that what stands still while
+    training comes out as it is. The arithmetic is NumPy's in float64, on the host. It holds the sum and
+    one snapshot at a time.
+
+    Args:
+      snapshots: Each a step, a gamma and parameters: the number of averagings when it was taken
+        (`target.step`, whatever the update period), the power of its schedule (`power_function.gamma`),
+        and `target.params`, or a function without arguments that loads them.
+      gamma: The power of the average asked for, or
+      sigma_rel: its width relative to the run, as in `schedules.power_function`.
+      step: Where it ends: at a step of a snapshot, since between two it is hardly ever met. None: at the
+        last one.
+
+    Returns:
+      The parameters, with the structure, shapes, dtypes and placement of the first snapshot's, as jax
+      arrays. Integers, booleans and PRNG keys are those of the snapshot that is nearest to `step`.
+      Leaves that a mask kept from being averaged are summed like any other, and mean nothing.
+
+    Raises:
+      ValueError: There are fewer than two snapshots, two of the same step and gamma, or trees that
+        differ; not one of gamma and sigma_rel is given; or the snapshots do not span this length: the
+        closest profile is off by more than a tenth, in the L2 norm. For iterates with independent noise
+        that is the error over the noise which the average itself has left.
+      TypeError: An argument is of the wrong type, or a leaf is no array.
+
+    References:
+      Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024 (EDM2),
+      section 3.2 and appendix C.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from target_nets import EMATarget, posthoc, schedules
+      >>> target = EMATarget({"w": 0.0}, schedules.power_function(gamma=10))
+      >>> stored = [EMATarget({"w": 0.0}, schedules.power_function(gamma=g)) for g in (6, 16)]
+      >>> snapshots = []
+      >>> for step in range(1, 65):
+      ...     params = {"w": jnp.log(step)}
+      ...     _ = target.update(params)
+      ...     for average, gamma in zip(stored, (6, 16)):
+      ...         if average.update(params).step % 4 == 0:
+      ...             snapshots.append((step, gamma, average.params))
+      >>> after, while_training = posthoc.reconstruct(snapshots, gamma=10), target.params
+      >>> print(f"{after['w']:.3f} {while_training['w']:.3f}")
+      4.076 4.076
+    """
+    stored: list[Any] = list(snapshots)
+    for index, snapshot in enumerate(stored):
+        if not isinstance(snapshot, tuple) or len(snapshot) != 3:
+            got = rules.describe(snapshot)
+            raise TypeError(f"snapshots[{index}]: expected a tuple (step, gamma, params), got {got}")
+    steps, gammas = _checked_profiles([x[0] for x in stored], [x[1] for x in stored])
+    end = _checked_end("step", steps.max() if step is None else step, steps)
+    gamma = schedules.power_function(gamma=gamma, sigma_rel=sigma_rel).gamma
+    weights = solve_weights(steps, gammas, end, gamma)
+    _check_error(weights, steps, gammas, end, gamma)
+    weights /= weights.sum()
+    nearest = np.argmin(np.abs(steps - end))
+    total = _Sum()
+    with np.errstate(over="ignore", invalid="ignore"):  # inf and nan stay what they are
+        for index, (_, _, params) in enumerate(stored):
+            total.add(weights[index], params, f"snapshots[{index}]", copied=bool(index == nearest))
+        return total.cast()
+
+
+@attrs.define
+class _Sum:
+    """A weighted sum of trees, in float64 on the host."""
+
+    template: Any = None  # the first tree, its arrays without memory
+    placements: list[Any] = attrs.field(factory=list)
+    leaves: list[Any] = attrs.field(factory=list)
+
+    def add(self, weight: float, params: Any, name: str, copied: bool) -> None:
+        """Adds a tree, or what a function loads; its other leaves are copied if that is said."""
+        # A module may be callable, too, but is a node.
+        tree = params() if callable(params) and rules.is_leaf(params) else params
+        if self.template is None:
+            self._begin(tree, name)
+        pairs, _ = rules.match(tree, self.template, (name, "snapshots[0]"))
+        for index, (x, like) in enumerate(pairs):
+            if wide := _wide(like.dtype):
+                self.leaves[index] += np.multiply(np.asarray(x), weight, dtype=wide)
+            elif copied:
+                self.leaves[index] = rules.copy(jnp.asarray(x), like)
+
+    def _begin(self, tree: Any, name: str) -> None:
+        leaves, treedef = jax.tree.flatten(tree)
+        types = rules.array_types(tree, name)
+        hollow = [
+            x if rules.is_key(x) else np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in types
+        ]
+        self.template = treedef.unflatten(hollow)
+        self.placements = [x.sharding if getattr(x, "committed", False) else None for x in leaves]
+        self.leaves = [np.zeros(x.shape, wide) if (wide := _wide(x.dtype)) else x for x in hollow]
+
+    def cast(self) -> Any:
+        """The sum in the dtypes and where the arrays of the first tree are."""
+        likes, treedef = jax.tree.flatten(self.template)
+        leaves = [
+            jax.device_put(x if isinstance(x, jax.Array) else x.astype(like.dtype), placement)
+            for x, like, placement in zip(self.leaves, likes, self.placements, strict=True)
+        ]
+        return treedef.unflatten(leaves)
+
+
+def _wide(dtype: Any) -> Any:
+    """What a leaf is summed in; None where it is not."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    return np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
+
+
+# The profiles
+
+
+def _geometry(steps: Vector, gammas: Vector) -> tuple[Vector, Vector]:
+    """Of profiles (gamma + 1) tau ** gamma / t ** (gamma + 1) on [0, t], as vectors in L2.
+
+    The cosines of their angles, of shape (N, N), and their norms, of shape (N,). No power of t itself
+    is taken, which would overflow.
+    """
+    t, s, g, h = steps[:, None], steps, gammas[:, None], gammas
+    cosines = np.sqrt((2 * g + 1) * (2 * h + 1)) / (g + h + 1)
+    cosines *= (np.minimum(t, s) / np.maximum(t, s)) ** (np.where(t > s, g, h) + 0.5)
+    return cosines, (gammas + 1) / np.sqrt((2 * gammas + 1) * steps)
+
+
+def _check_error(weights: Vector, steps: Vector, gammas: Vector, end: Vector, gamma: float) -> None:
+    cosines, norms = _geometry(np.append(steps, end), np.append(gammas, gamma))
+    difference = np.append(weights, -1) * norms / norms[-1]
+    error = np.sqrt(max(difference @ cosines @ difference, 0))
+    if error > _LARGEST_ERROR:
+        width, shortest, longest = map(schedules.sigma_rel_of, (gamma, gammas.max(), gammas.min()))
+        raise ValueError(
+            f"snapshots: they do not span an average of sigma_rel {width:.3g} (gamma {gamma:.4g}) that "
+            f"ends at step {end:g}: the closest profile is off by {error:.0%}, more than "
+            f"{_LARGEST_ERROR:.0%}. They are {steps.size} of sigma_rel {shortest:.3g} to {longest:.3g} "
+            f"at steps {steps.min():g} to {steps.max():g}{'' if end in steps else f', not at {end:g}'}"
+        )
+
+
+def _checked_profiles(steps: ArrayLike, gammas: ArrayLike) -> tuple[Vector, Vector]:
+    steps, gammas = _checked("steps", steps, 1e-30, ndim=1), _checked("gammas", gammas, 0, ndim=1)
+    if steps.shape != gammas.shape:
+        raise ValueError(f"gammas: expected as many as steps, {steps.size}, got {gammas.size}")
+    if steps.size < 2:
+        raise ValueError(f"snapshots: expected at least two, got {steps.size}")
+    seen: dict[tuple[float, float], int] = {}
+    for index, profile in enumerate(zip(steps.tolist(), gammas.tolist(), strict=True)):
+        if (first := seen.setdefault(profile, index)) != index:
+            step, gamma = profile
+            raise ValueError(
+                f"snapshots: numbers {first} and {index} are both of step {step:g} and gamma {gamma:g}"
+            )
+    return steps, gammas
+
+
+def _checked_end(name: str, step: ArrayLike, steps: Vector) -> Vector:
+    end = _checked(name, step, 1e-30, ndim=0)
+    if end > steps.max():
+        raise ValueError(f"{name}: expected at most {steps.max():g}, the last snapshot's, got {end:g}")
+    return end
+
+
+def _checked(name: str, x: ArrayLike, low: float, ndim: int) -> Vector:
+    try:
+        array = np.asarray(x, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: expected {'real numbers' if ndim else 'a real number'}, got {x!r}"
+        ) from None
+    if array.ndim != ndim:
+        raise ValueError(f"{name}: expected shape {'(N,)' if ndim else '()'}, got {array.shape}")
+    if not np.all((array >= low) & (array <= 1e30)):
+        raise ValueError(f"{name}: expected numbers in [{low:g}, 1e+30], got {array}")
+    return array
