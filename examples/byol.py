@@ -3,6 +3,7 @@
     python examples/byol.py                        # trains, probes, draws a picture
     python examples/byol.py --checkpoint DIR       # saves after each epoch; again: goes on from there
     python examples/byol.py --ablation             # what the target's speed changes (Table 5a)
+    python examples/byol.py --posthoc              # one run, averages of any length out of it
 
 Read `BYOL` and `train_step` first: one nnx module owns the student, its optimizer and the target, and
 one jitted function trains all three. The student predicts, from one view of an image, what the target
@@ -13,6 +14,7 @@ digits of 8 x 8 pixels. The labels are used for the probes only.
 import argparse
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from target_nets import EMATarget, schedules
+from target_nets import EMATarget, posthoc, schedules
 
 mpl.use("agg")  # needs no screen
 import matplotlib.pyplot as plt
@@ -90,6 +92,7 @@ class BYOL(nnx.Module):
         # 0 is a frozen target, and 1 none: they stay so. Between, as in the paper, it slows down to 0.
         schedule = schedules.cosine(step_size, steps) if 0 < step_size < 1 else step_size
         self.target = EMATarget(nnx.state(self.student.branch), schedule)
+        self.averages = nnx.List([])  # of the student, to look at only; see `sweep`
 
     def slow(self) -> Branch:
         """The target as a network, in train mode: with the statistics of each batch in BatchNorm.
@@ -120,7 +123,8 @@ def train_step(byol: BYOL, images: jax.Array, key: jax.Array) -> jax.Array:
 
     value, grads = nnx.value_and_grad(loss)(byol.student)
     byol.optimizer.update(byol.student, grads)
-    byol.target.update(nnx.state(byol.student.branch))
+    for average in (byol.target, *byol.averages):
+        average.update(nnx.state(byol.student.branch))
     return value
 
 
@@ -276,7 +280,7 @@ class Run:
         self.byol.target, self.losses = target, losses
 
 
-def train(run: Run, checkpoint: Path | None = None, name: str = "byol") -> Run:
+def train(run: Run, save: Callable[[], Any] | None = None, name: str = "byol") -> Run:
     """Trains to the end of the settings' epochs, or to a Ctrl-C, saving after each."""
     epochs, done = run.settings["epochs"], len(run.losses)
     with (
@@ -285,8 +289,8 @@ def train(run: Run, checkpoint: Path | None = None, name: str = "byol") -> Run:
     ):
         while len(run.losses) < epochs and not interrupted:
             run.epoch()
-            if checkpoint is not None:
-                run.save(checkpoint)
+            if save is not None:
+                save()
             bar.set_postfix(loss=f"{run.losses[-1]:.3f}")
             bar.update()
     return run
@@ -344,6 +348,60 @@ def ablation(seed: int, epochs: int) -> None:
     print("target: accuracy of a probe of its features, 10 labels a class")
 
 
+STORED = [schedules.power_function(sigma_rel=sigma_rel) for sigma_rel in (0.05, 0.1)]
+WIDTHS = (0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28)
+
+
+def sweep(seed: int, epochs: int, out: Path) -> bool:
+    """Trains once, storing two averages as it goes; then probes averages of other lengths."""
+    run, stored = Run(seed, epochs), []
+    start = nnx.state(run.byol.student.branch)
+    run.byol.averages.extend(EMATarget(start, length) for length in STORED)
+    (out / "snapshots").mkdir(exist_ok=True)
+
+    def load(path: Path) -> Any:
+        return serialization.from_bytes(run.byol.averages[0], path.read_bytes()).params
+
+    def store() -> None:
+        if (epochs - len(run.losses)) % max(1, epochs // 64):
+            return
+        for length, average in zip(STORED, run.byol.averages, strict=True):
+            path = out / "snapshots" / f"{average.step}-{length.gamma:.2f}.msgpack"
+            path.write_bytes(serialization.to_bytes(average))
+            stored.append((int(average.step), length.gamma, functools.partial(load, path)))
+
+    train(run, store)
+    if len(run.losses) < epochs:
+        return False
+
+    steps = sorted({step for step, _, _ in stored})
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    print(f"accuracy of a linear probe, 10 labels a class\nsigma_rel{'':7s}", *WIDTHS, sep="  ")
+    for step in sorted({steps[len(steps) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)}):
+        accuracy = {}
+        for width in WIDTHS:
+            try:
+                params = posthoc.reconstruct(stored, sigma_rel=width, step=step)
+            except ValueError:  # so few snapshots up to this step do not span it
+                continue
+            branch = nnx.merge(nnx.graphdef(run.byol.student.branch), params)
+            accuracy[width], _ = probe(run.features(branch), run.labels, draws=10)
+        cells = (f"{accuracy[w]:.1f}" if w in accuracy else "-" for w in WIDTHS)
+        print(f"after step {step:5d}", *cells, sep="  ")
+        axes.plot(*zip(*accuracy.items(), strict=True), "o-", markersize=4, label=f"after step {step}")
+    for length, name in zip(STORED, ("stored while training", None), strict=True):
+        axes.axvline(schedules.sigma_rel_of(length.gamma), color="0.5", ls="--", lw=1, label=name)
+    axes.set(xscale="log", xlabel="length of the average, sigma_rel", ylabel="test accuracy, %")
+    axes.set_xticks(WIDTHS, [f"{width:g}" for width in WIDTHS], fontsize=8)
+    axes.set_title("linear probe, 10 labels a class")
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
+    figure.savefig(out / "posthoc.png", dpi=120)
+    plt.close(figure)
+    print(f"picture: {out / 'posthoc.png'}")
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="BYOL on handwritten digits.", allow_abbrev=False)
     parser.add_argument(
@@ -352,9 +410,11 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=within(0, 2**31 - 1), default=0, help="of split, weights and views (0)"
     )
-    parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the picture (runs)")
-    parser.add_argument("--ablation", action="store_true", help="compare targets of other speeds")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
+    what.add_argument("--ablation", action="store_true", help="compare targets of other speeds")
+    what.add_argument("--posthoc", action="store_true", help="compare averages of other lengths")
     args = parser.parse_args()
     if args.ablation:
         ablation(args.seed, args.epochs)
@@ -365,6 +425,8 @@ def main() -> int:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"{name}: {folder} is no folder, and cannot be made one: {error}")
+    if args.posthoc:
+        return 0 if sweep(args.seed, args.epochs, args.out) else 130
     run, checkpoint = Run(args.seed, args.epochs), None
     if args.checkpoint is not None:
         checkpoint = args.checkpoint / "byol.msgpack"
@@ -373,7 +435,7 @@ def main() -> int:
                 run.restore(checkpoint)
             except ValueError as error:
                 parser.error(f"--checkpoint: {error}")
-    train(run, checkpoint)
+    train(run, checkpoint and functools.partial(run.save, checkpoint))
     if len(run.losses) < args.epochs:
         again = "; the same command goes on from there" if checkpoint else ""
         print(f"stopped after {len(run.losses)} of {args.epochs} epochs{again}")

@@ -13,6 +13,8 @@ import pytest
 from conftest import arrays, assert_same
 from flax import nnx, serialization
 
+from target_nets import EMATarget, posthoc, schedules
+
 EPOCHS = 4
 
 
@@ -108,6 +110,37 @@ def test_the_program(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
     with pytest.raises(SystemExit):
         main(monkeypatch, *settings)
     assert "byol.msgpack is no checkpoint of this run" in capfd.readouterr().err
+
+
+def test_averages_of_other_lengths(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(byol, "WIDTHS", (0.01, 0.07))
+    settings = ("--posthoc", "--epochs", EPOCHS, "--seed", 3, "--out", tmp_path)
+    assert main(monkeypatch, *settings) == 0
+    rows = [line.split()[2:] for line in capfd.readouterr().out.splitlines() if "after step" in line]
+    assert [row[0] for row in rows] == ["5", "10", "15", "20"]
+    assert {row[1] for row in rows} == {"-"}  # so short an average is not spanned
+    assert all(50 < float(row[2]) < 100 for row in rows)
+    assert (tmp_path / "posthoc.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "snapshots").iterdir())) == 2 * EPOCHS
+    for other in (("--checkpoint", tmp_path), ("--ablation",)):
+        with pytest.raises(SystemExit):
+            main(monkeypatch, *settings, *other)
+        assert "not allowed with argument" in capfd.readouterr().err
+
+
+def test_an_average_from_the_stored_ones_is_as_if_it_had_been_kept() -> None:
+    run, stored = byol.Run(seed=3, epochs=EPOCHS), []
+    lengths = [*byol.STORED, schedules.power_function(sigma_rel=0.07)]
+    start = nnx.state(run.byol.student.branch)
+    run.byol.averages.extend(EMATarget(start, length) for length in lengths)
+    for _ in range(EPOCHS):
+        run.epoch()
+        pairs = list(zip(lengths, run.byol.averages, strict=True))
+        stored += [(average.step, length.gamma, average.params) for length, average in pairs[:2]]
+    *_, kept = run.byol.averages
+    assert kept.step == EPOCHS * 5
+    after = posthoc.reconstruct(stored, sigma_rel=0.07)
+    assert kept.distance(after) < 0.2 * min(kept.distance(params) for _, _, params in stored)
 
 
 def test_the_target_is_the_papers_average() -> None:
