@@ -372,6 +372,7 @@ def sweep(seed: int, epochs: int, out: Path) -> bool:
 
     train(run, store)
     if len(run.losses) < epochs:
+        print(f"stopped after {len(run.losses)} of {epochs} epochs")
         return False
 
     steps = sorted({step for step, _, _ in stored})

@@ -99,12 +99,13 @@ def reconstruct(
 
     The weights are those of `solve_weights`, divided by their sum, so that what stands still while
     training comes out as it is. The arithmetic is NumPy's in float64, on the host. It holds the sum and
-    one snapshot at a time.
+    one snapshot at a time. The rounding of the snapshots themselves, as of a bfloat16 model, grows by
+    the norm of the weights: about 1 between the stored lengths and above, 10 and more far below.
 
     Args:
       snapshots: Each a step, a gamma and parameters: the number of averagings when it was taken
-        (`target.step`, whatever the update period), the power of its schedule (`power_function.gamma`),
-        and `target.params`, or a function without arguments that loads them.
+        (`target.step`; with an update period, at a multiple of it), the power of its schedule
+        (`power_function.gamma`), and `target.params`, or a function without arguments that loads them.
       gamma: The power of the average asked for, or
       sigma_rel: its width relative to the run, as in `schedules.power_function`.
       step: Where it ends: at a step of a snapshot, since between two it is hardly ever met. None: at the

@@ -31,7 +31,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-__all__ = ["bias_corrected", "cosine", "inverse_power", "power_function", "ramp", "uniform"]
+__all__ = [
+    "bias_corrected",
+    "cosine",
+    "gamma_of",
+    "inverse_power",
+    "power_function",
+    "ramp",
+    "sigma_rel_of",
+    "uniform",
+]
 
 
 def _number(name: str, low: float, high: float) -> Callable[[Any], float]:
@@ -271,11 +280,46 @@ class power_function:
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The power whose profile has the width `sigma_rel`, relative to the run (EDM2, appendix C.1)."""
+    """The power of the `power_function` whose average has the width `sigma_rel`.
+
+    Args:
+      sigma_rel: The standard deviation of its profile relative to the run, in [1e-6, 0.2887].
+
+    Returns:
+      gamma, at least 0.
+
+    Raises:
+      TypeError, ValueError: The width is no number or out of range.
+
+    References:
+      Karras et al., 2024 (EDM2), appendix C.1.
+
+    Example:
+      >>> round(gamma_of(0.1), 2)
+      6.94
+    """
     t = _number("sigma_rel", 1e-6, 0.2887)(sigma_rel) ** -2  # the widest, of all iterates: 12**-0.5
     return max(0.0, float(np.roots([1, 7, 16 - t, 12 - t]).real.max()))
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """The width of the profile of the power `gamma`, relative to the run (EDM2, appendix C.1)."""
+    """The width of the average of the `power_function` of the power `gamma`; undoes `gamma_of`.
+
+    Args:
+      gamma: The power, at least 0.
+
+    Returns:
+      The standard deviation of its profile relative to the run, at most 12**-0.5.
+
+    Raises:
+      TypeError, ValueError: The power is no number or out of range.
+
+    References:
+      Karras et al., 2024 (EDM2), appendix C.1.
+
+    Example:
+      >>> round(sigma_rel_of(6.94), 3)
+      0.1
+    """
+    gamma = _number("gamma", 0, 1e30)(gamma)
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)

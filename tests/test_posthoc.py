@@ -94,6 +94,8 @@ def test_a_stored_average_is_itself() -> None:
     for index, (step, gamma) in enumerate(profiles):
         got = posthoc.solve_weights(*zip(*profiles, strict=True), step, gamma)
         np.testing.assert_allclose(got, np.eye(16)[index], atol=1e-11)
+        snapshots = [(*profile, np.float32(i)) for i, profile in enumerate(profiles)]
+        assert abs(posthoc.reconstruct(snapshots, gamma=gamma, step=step) - index) < 1e-5
 
 
 def test_long_runs_and_short_averages_do_not_overflow() -> None:
@@ -327,13 +329,12 @@ def test_one_snapshot_is_in_memory_at_a_time() -> None:
 
 def test_the_result_shares_no_memory_and_is_placed_as_the_snapshots_are() -> None:
     sharding = NamedSharding(jax.make_mesh((1,), ("d",)), PartitionSpec("d"))
-    n, w = np.zeros(64, np.int32), jax.device_put(jnp.ones(64), sharding)
-    got = posthoc.reconstruct(pair({"n": n, "w": w}, {"n": n, "w": w}), gamma=10)
-    n[:] = 7
-    assert_same(got, {"n": jnp.zeros(64, jnp.int32), "w": jnp.ones(64)})
+    w, n = jax.device_put(jnp.ones(64), sharding), jnp.zeros(64, jnp.int32)
+    got = posthoc.reconstruct(pair({"w": w, "n": n}, {"w": w, "n": n}), gamma=10)
     assert got["w"].sharding == sharding
     assert not got["n"].committed
-    assert got["w"] is not w
+    for x, y in ((w, got["w"]), (n, got["n"])):
+        assert x.unsafe_buffer_pointer() != y.unsafe_buffer_pointer()
 
 
 def test_inf_and_nan_stay_in_their_places() -> None:
@@ -449,6 +450,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: posthoc.solve_weights([1, 2], [6, -0.1], 1, 10),
         ValueError,
         r"gammas: expected numbers in \[0, 1e\+30\], got \[ 6.  -0.1\]",
+    ),
+    "gamma too large": (
+        lambda: posthoc.solve_weights([1, 2], [6, 1e31], 1, 10),
+        ValueError,
+        r"gammas: expected numbers in \[0, 1e\+30\], got",
     ),
     "step nan": (
         lambda: posthoc.solve_weights([1, np.nan], [6, 16], 1, 10),

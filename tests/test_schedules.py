@@ -254,6 +254,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"sigma_rel: expected a number in \[1e-06, 0.2887\], got 0.3",
     ),
     "width 0": (lambda: schedules.power_function(sigma_rel=0), ValueError, "sigma_rel: .* got 0"),
+    "width of a power below 0": (lambda: schedules.sigma_rel_of(-0.5), ValueError, "gamma: .* got -0.5"),
     "by position": (lambda: schedules.power_function(6.94), TypeError, "positional"),
 }
 
@@ -278,3 +279,4 @@ def test_gamma_and_its_width_are_inverse(gamma: float) -> None:
     np.testing.assert_allclose(
         schedules.power_function(sigma_rel=width).gamma, gamma, rtol=1e-6, atol=1e-6
     )
+    np.testing.assert_allclose(schedules.sigma_rel_of(gamma), width)

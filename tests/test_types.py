@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import target_nets
-from target_nets import EMATarget, PeriodicTarget
+from target_nets import EMATarget, PeriodicTarget, posthoc
 
 
 class Params(NamedTuple):
@@ -45,3 +45,17 @@ def test_the_rules() -> None:
     assert_type(target_nets.periodic_update(params, params, 1, 2), Params)
     updates: Any = params
     assert_type(target_nets.apply_updates(params, updates), Params)
+
+
+def test_reconstructed_parameters() -> None:
+    params = Params(jnp.ones(2), jnp.zeros(2))
+
+    def load() -> Params:
+        return params
+
+    given = posthoc.reconstruct([(1, 6.0, params), (jnp.int32(1), 16.0, params)], gamma=10)
+    assert_type(given, Params)
+    loaded = posthoc.reconstruct([(1, 6.0, load), (1, 16.0, load)], sigma_rel=0.08)
+    assert_type(loaded, Params)
+    assert isinstance(given, Params)
+    assert isinstance(loaded, Params)
