@@ -377,7 +377,8 @@ def sweep(seed: int, epochs: int, out: Path) -> bool:
 
     steps = sorted({step for step, _, _ in stored})
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    print(f"accuracy of a linear probe, 10 labels a class\nsigma_rel{'':7s}", *WIDTHS, sep="  ")
+    print("test accuracy of a linear probe, 10 labels a class, %")
+    print(f"{'sigma_rel':16s}" + "".join(f"{width:7g}" for width in WIDTHS))
     for step in sorted({steps[len(steps) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)}):
         accuracy = {}
         for width in WIDTHS:
@@ -387,8 +388,8 @@ def sweep(seed: int, epochs: int, out: Path) -> bool:
                 continue
             branch = nnx.merge(nnx.graphdef(run.byol.student.branch), params)
             accuracy[width], _ = probe(run.features(branch), run.labels, draws=10)
-        cells = (f"{accuracy[w]:.1f}" if w in accuracy else "-" for w in WIDTHS)
-        print(f"after step {step:5d}", *cells, sep="  ")
+        cells = [f"{accuracy[width]:.1f}" if width in accuracy else "-" for width in WIDTHS]
+        print(f"after step {step:5d}" + "".join(f"{cell:>7s}" for cell in cells))
         axes.plot(*zip(*accuracy.items(), strict=True), "o-", markersize=4, label=f"after step {step}")
     for length, name in zip(STORED, ("stored while training", None), strict=True):
         axes.axvline(schedules.sigma_rel_of(length.gamma), color="0.5", ls="--", lw=1, label=name)
