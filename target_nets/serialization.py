@@ -60,8 +60,8 @@ def _from_state_dict(target: Target, saved: Any) -> Target:
 
 def _saved(target: Target) -> dict[str, Any]:
     """What changes while training, by its key."""
-    held = target._settings.children
-    return {name: getattr(target._state, name) for name in _SAVED if name in held}
+    state, held = target._state, target._settings.children
+    return {name: getattr(state, name) for name in _SAVED if name in held}
 
 
 def _count(count: Any) -> Any:

@@ -105,10 +105,10 @@ class _Target(Generic[P]):
         A slow copy held in other dtypes is cast on reading, in one compiled call. Otherwise these are
         the target's own arrays: to train on from them, copy them before they are donated.
         """
-        params, dtypes = self._state.params, self._settings.dtypes
+        state, dtypes = self._state, self._settings.dtypes  # once: another thread may replace it
+        params, compensation = state.params, state.compensation
         if dtypes is None:
             return jax.tree.map(lambda x: x, params)  # whoever changes a container changes their own
-        compensation = self._state.compensation
         try:
             return _cast(params, compensation, dtypes=dtypes)
         except TypeError:  # the target is abstract, from jax.eval_shape, and so are its parameters
@@ -236,9 +236,10 @@ class _Target(Generic[P]):
         return f"{type(self).__name__}({', '.join(f'{k}={_brief(v)}' for k, v in parts.items())})"
 
     def __copy__(self) -> Self:
-        counters = {"step": self._state.step, "skipped": self._state.skipped}
+        state = self._state
+        counters = {"step": state.step, "skipped": state.skipped}
         on_host = {k: v for k, v in counters.items() if not isinstance(v, jax.Array)}  # they stay there
-        return _made(type(self), self._settings, _own(self._state)._replace(**on_host))
+        return _made(type(self), self._settings, _own(state)._replace(**on_host))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.__copy__()
@@ -619,12 +620,13 @@ def _made(cls: type[_Target[P]], settings: _Settings, state: _State) -> Any:
 
 
 def _flatten_with_keys(target: _Target[Any]) -> tuple[Any, _Settings]:
-    names = target._settings.children
-    return [(GetAttrKey(name), getattr(target._state, name)) for name in names], target._settings
+    state, names = target._state, target._settings.children
+    return [(GetAttrKey(name), getattr(state, name)) for name in names], target._settings
 
 
 def _flatten(target: _Target[Any]) -> tuple[Any, _Settings]:
-    return [getattr(target._state, name) for name in target._settings.children], target._settings
+    state = target._state
+    return [getattr(state, name) for name in target._settings.children], target._settings
 
 
 def _unflatten(cls: type[_Target[Any]], settings: _Settings, children: Any) -> Any:
