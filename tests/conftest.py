@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import attrs
@@ -17,6 +20,10 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from flax.core import FrozenDict
+
+import target_nets
+
+PACKAGE = str(Path(target_nets.__file__).parent)
 
 
 class Pair(NamedTuple):
@@ -161,6 +168,34 @@ def assert_same(got: Any, expected: Any) -> None:
         assert x.dtype == y.dtype
         assert x.shape == y.shape
         assert x.tobytes() == y.tobytes()
+
+
+def interposed(call: Callable[[], Any], do: Callable[[], Any], moment: int, event: str) -> Any:
+    """The result of a call, and whether something was done before a certain moment of it.
+
+    Moments are the lines, or the instructions, of the package that the call runs, counted from 0.
+    """
+    left, done = moment, False
+
+    def trace(frame: FrameType, what: str, _: Any) -> Any:
+        nonlocal left, done
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = event == "opcode"
+        if what == event:
+            left -= 1
+            if left == -1:
+                done = True
+                sys.settrace(None)
+                do()
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return call(), done
+    finally:
+        sys.settrace(previous)
 
 
 @pytest.fixture(params=TREES, name="tree")
