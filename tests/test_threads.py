@@ -6,6 +6,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -147,7 +148,7 @@ def test_an_update_between_any_two_instructions_of_a_read(kind: str, how: str) -
     for moment in itertools.count():
         target = third()
         result, done = interposed(
-            lambda: read(target), lambda: target.update(ONLINES[2]), moment, "opcode"
+            partial(read, target), partial(target.update, ONLINES[2]), moment, "opcode"
         )
         if not done:
             break
