@@ -127,8 +127,15 @@ def _restored_leaf(leaf: Any, saved: Any, path: str) -> Any:
         raise ValueError(f"{path}: expected {expected}, got {rules.describe(got)}")
     restored = jax.device_put(got.astype(wanted.dtype), _placement(leaf), may_alias=False)
     if rules.is_key(leaf):
-        return jax.random.wrap_key_data(restored, impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(restored, impl=_implementation(leaf))
     return restored
+
+
+def _implementation(key: Any) -> Any:
+    """The implementation of a PRNG key, also of an abstract one, which only a trace can tell."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found[0]
 
 
 def _is_number(x: Any) -> bool:

@@ -177,6 +177,12 @@ def test_an_abstract_template() -> None:
     assert_same(through_bytes(target, template).update({"w": jnp.zeros(2)}).step, np.array(2, np.int32))
 
 
+def test_an_abstract_template_of_every_tree(tree: Any) -> None:
+    target = PeriodicTarget(tree, 2)
+    restored = through_bytes(target, jax.eval_shape(lambda: PeriodicTarget(tree, 2)))
+    assert_same(restored.params, target.params)
+
+
 def test_restoring_leaves_the_template_and_shares_nothing() -> None:
     target = EMATarget({"w": jnp.ones(64)}, 0.3, donate=True)
     template = EMATarget({"w": jnp.zeros(64)}, 0.3)
