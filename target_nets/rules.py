@@ -354,7 +354,7 @@ def named(rule: Callable[..., Any], new: Any, old: Any, *args: Any, names: Names
     """Calls a compiled rule; where jit refuses an argument, says which leaf it was."""
     try:
         return rule(own_numpy(new), old, *args, **static)
-    except TypeError:
+    except (TypeError, OverflowError):  # the latter of a Python integer past jax's
         match(new, old, names)
         raise
 

@@ -15,6 +15,7 @@ from target_nets import EMATarget, PeriodicTarget
 START = {"a": {"w": jnp.zeros((3, 1)), "b": jnp.zeros(())}, "c": [jnp.arange(3), None]}
 ONLINE = moved(START)
 W = "online_params['a']['w']: expected float32[3, 1] as in the slow copy, got "
+B = "online_params['a']['b']: expected float32[] as in the slow copy, got "
 
 
 def changed(path: str, value: Any) -> Any:
@@ -49,6 +50,8 @@ ONLINES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         W + "complex64[3, 1]",
     ),
     "key into float": (lambda: changed("w", jax.random.key(0)), TypeError, W + "key<"),
+    "integer past 32 bits": (lambda: changed("b", 2**31), TypeError, B + "int"),
+    "integer past 64 bits": (lambda: changed("b", -(2**70)), TypeError, B + "int"),
     "float into int": (
         lambda: {**ONLINE, "c": [jnp.ones(3), None]},
         TypeError,
@@ -64,6 +67,14 @@ ONLINES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "None for the whole tree": (lambda: None, ValueError, "online_params: expected dict as in"),
     "string for the whole tree": (lambda: "x", ValueError, "online_params: expected dict as in"),
 }
+UNJITTED = (  # what jit itself refuses, in its own words
+    "string leaf",
+    "object leaf",
+    "array of strings",
+    "string for the whole tree",
+    "integer past 32 bits",
+    "integer past 64 bits",
+)
 TARGETS: dict[str, Callable[[], Any]] = {
     "ema": lambda: EMATarget(START, 0.5),
     "ema, donate": lambda: EMATarget(START, 0.5, donate=True),
@@ -87,7 +98,7 @@ def test_online_parameters_that_do_not_fit(make: Callable[[], Any], case: str) -
         with pytest.raises(error) as caught:
             method(bad())
         assert str(caught.value).startswith(message)
-    if case not in ("string leaf", "object leaf", "array of strings", "string for the whole tree"):
+    if case not in UNJITTED:
         with pytest.raises(error) as caught:
             jax.jit(lambda t, p: t.update(p))(target, bad())
         assert str(caught.value).startswith(message)
