@@ -24,6 +24,7 @@ Path: TypeAlias = tuple[Any, ...]  # of jax's keys
 Names: TypeAlias = tuple[str, str]  # what the caller calls the new and the old tree
 
 INT32_MAX = 2**31 - 1
+_CONFIG: Any = jax.config  # jax's annotations know none of its settings
 _BOOL, _INTEGER, _FLOAT, _COMPLEX, _KEY = range(5)  # kinds of leaves, narrow to wide
 
 
@@ -352,8 +353,11 @@ def _add_trees(updates: Any, params: Tree) -> Tree:
 
 def named(rule: Callable[..., Any], new: Any, old: Any, *args: Any, names: Names, **static: Any) -> Any:
     """Calls a compiled rule; where jit refuses an argument, says which leaf it was."""
+    own = own_numpy(new)
     try:
-        return rule(own_numpy(new), old, *args, **static)
+        if _CONFIG.jax_disable_jit:  # what jit does: it makes jax's arrays of all leaves
+            own, old = jax.tree.map(jnp.asarray, (own, old))
+        return rule(own, old, *args, **static)
     except (TypeError, OverflowError):  # the latter of a Python integer past jax's
         match(new, old, names)
         raise

@@ -10,7 +10,7 @@ import pytest
 from conftest import arrays, assert_same, moved
 from flax import nnx
 
-from target_nets import EMATarget, PeriodicTarget
+from target_nets import EMATarget, PeriodicTarget, apply_updates, incremental_update, periodic_update
 
 START = {"w": np.zeros((2, 3), np.float32), "b": np.ones(3, np.float32)}
 STEP_MAX = 2**31 - 1
@@ -380,3 +380,24 @@ def test_abstract_targets_have_abstract_parameters() -> None:
 def test_narrow_integers_are_averaged_in_floats() -> None:
     target = EMATarget({"w": jnp.ones(2)}, 0.5)
     assert_same(target.update({"w": jnp.full(2, 3, jnp.int4)}).params, {"w": jnp.full(2, 2.0)})
+
+
+@pytest.mark.parametrize("number", [3.0, 3, True, np.float64(3), np.full((), 3.0), np.int64(3)])
+def test_numbers_as_leaves_where_nothing_is_compiled(number: Any) -> None:
+    def results() -> list[Any]:
+        slow, online_params = {"w": jnp.zeros(())}, {"w": number}
+        return [
+            EMATarget(slow, 0.5).update(online_params).params,
+            EMATarget(slow, 0.5, compensated=True, skip_nonfinite=True).update(online_params).params,
+            PeriodicTarget(slow, 1).update(online_params).sync(online_params).params,
+            EMATarget(slow, 0.5).distance(online_params),
+            incremental_update(online_params, slow, 0.5),
+            incremental_update(slow, {"w": 3.0}, 0.5),
+            periodic_update(online_params, slow, jnp.int32(2), 2),
+            apply_updates(slow, online_params),
+            apply_updates({"w": 3.0}, online_params),
+        ]
+
+    compiled = results()
+    with jax.disable_jit():
+        assert_same(results(), compiled)
