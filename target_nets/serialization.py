@@ -150,10 +150,10 @@ def _placement(leaf: Any) -> Any:
 
 
 def _restored_count(template: Any, saved: Any, path: str) -> np.ndarray[Any, Any]:
-    # As objects: Python's own integers, of any size, and no booleans among them.
-    count = np.asarray(np.asarray(saved if _is_number(saved) else ""), object)
-    if count.shape != np.shape(template) or any(type(x) is not int for x in count.flat):
-        expected = f"integers of shape {list(np.shape(template))}" if np.ndim(template) else "an integer"
+    count, shape = np.asarray(saved if _is_number(saved) else ""), np.shape(template)
+    # The shape first, for a hostile count may be long. Past 64 bits Python's integers are objects.
+    if count.shape != shape or not (count.dtype.kind in "iu" or all(type(x) is int for x in count.flat)):
+        expected = f"integers of shape {list(shape)}" if shape else "an integer"
         raise ValueError(f"{path}: expected {expected}, got {rules.describe(saved)}")
     if any(not 0 <= x <= rules.INT32_MAX for x in count.flat):
         raise ValueError(f"{path}: expected 0 to 2**31-1, got {saved}")

@@ -231,6 +231,12 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "ragged leaf": ({"params": {**SAVED["params"], "w": [1, [2]]}}, r"/params/w: .* got list"),
     "Python number": ({"params": {**SAVED["params"], "n": 1}}, r"/params/n: expected int32.* got int64"),
     "step None": ({"step": None}, r"/step: expected an integer, got None"),
+    "step an object": ({"step": np.array(1.5, object)}, r"/step: expected an integer, got object\[\]"),
+    "step a date": (
+        {"step": np.array(3, "datetime64[ns]")},
+        r"/step: expected an integer, got datetime",
+    ),
+    "step a time": ({"step": np.timedelta64(3, "ns")}, r"/step: expected an integer, got timedelta"),
     "step a vector": ({"step": np.ones(2, int)}, r"/step: expected an integer, got int"),
 }
 
