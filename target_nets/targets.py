@@ -148,7 +148,7 @@ class _Target(Generic[P]):
             static = {"step_size": settings.step_size, "averaged": settings.averaged}
             return rules.named(move, online_params, *slow, state.step_size, n, names=_NAMES, **static)
 
-        _refuse_population("update", step)
+        _refuse("update", step)
         slow = state.params, state.compensation, state.skipped
         if isinstance(step, Tracer):
             step = _next(step, period)
@@ -202,7 +202,7 @@ class _Target(Generic[P]):
           ValueError, TypeError: As `update` does.
         """
         state = self._state
-        _refuse_population("distance", state.step)
+        _refuse("distance", state.step)
         return rules.named(_distance, online_params, state.params, state.compensation, names=_NAMES)
 
     def _compiled(self, method: str) -> Any:
@@ -462,7 +462,10 @@ def _next(step: Any, period: int) -> Any:
     return jnp.where(step >= last, step + 1 - period, step + 1)
 
 
-def _refuse_population(method: str, step: Any) -> None:
+def _refuse(method: str, step: Any) -> None:
+    """Says what is to be done with a target that is not one target of arrays."""
+    if isinstance(step, jax.ShapeDtypeStruct):
+        raise TypeError(f"{method}: this target is abstract, from jax.eval_shape; restore it first")
     if np.ndim(step):
         shape = list(np.shape(step))
         raise ValueError(f"{method}: a population, its step of shape {shape}; call it inside jax.vmap")

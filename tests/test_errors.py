@@ -281,3 +281,11 @@ def test_nnx_states_that_do_not_fit_are_named_by_path() -> None:
         PeriodicTarget(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 5).update(
             nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
         )
+
+
+@pytest.mark.parametrize("make", TARGETS.values(), ids=TARGETS)
+def test_an_abstract_target_is_to_be_restored_first(make: Callable[[], Any]) -> None:
+    abstract = jax.eval_shape(make)
+    for method in ("update", "distance"):
+        with pytest.raises(TypeError, match=f"^{method}: this target is abstract, .* restore it first"):
+            getattr(abstract, method)(ONLINE)
