@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from dqn import interruptible, within
+from dqn import interruptible, within, write
 from flax import nnx, serialization
 from jax.scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
@@ -255,9 +255,7 @@ class Run:
             "student": student,
             "target": self.byol.target,
         }
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(serialization.to_bytes(state))
-        temporary.replace(path)
+        write(serialization.to_bytes(state), path)
 
     def restore(self, path: Path) -> None:
         """Goes on from what was saved by a run of the same settings; a ValueError where it cannot."""

@@ -269,15 +269,23 @@ class Run:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint so that, whatever happens, the path holds the old one or the new one."""
+    """Writes a checkpoint."""
     saved = serialization.to_state_dict(state)
-    content = serialization.to_bytes({**saved, "checksum": checksum(saved)})
+    write(serialization.to_bytes({**saved, "checksum": checksum(saved)}), path)
+
+
+def write(content: bytes, path: Path) -> None:
+    """Writes a file so that, whatever happens, the path holds the old one or the new one."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # a full disk, say: what there is of the new one only takes up room
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"cannot save {path}: {error}; what was saved before is as it was") from None
 
 
 def load(path: Path) -> dict[str, Any]:

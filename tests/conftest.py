@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,6 +197,17 @@ def interposed(call: Callable[[], Any], do: Callable[[], Any], moment: int, even
         return call(), done
     finally:
         sys.settrace(previous)
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Where no file can grow beyond a size in bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(params=TREES, name="tree")

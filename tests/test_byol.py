@@ -1,5 +1,7 @@
 """The BYOL example learns features, resumes to the bit after any epoch, and refuses other settings."""
 
+import itertools
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, assert_same
+from conftest import arrays, assert_same, full_disk
 from flax import nnx, serialization
 
 from target_nets import EMATarget, posthoc, schedules
@@ -72,11 +74,38 @@ def test_looking_at_features_changes_nothing() -> None:
     assert_same(all_of(looked), all_of(unseen))
 
 
-def test_an_interrupted_epoch_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = byol.Run(seed=3, epochs=EPOCHS)
-    epoch = run.epoch
-    monkeypatch.setattr(run, "epoch", lambda: (signal.raise_signal(signal.SIGINT), epoch()))
-    assert len(byol.train(run).losses) == 1
+@pytest.mark.parametrize("number", [0, 2])
+def test_ctrl_c_finishes_the_epoch_and_the_run_goes_on_to_the_bit(
+    number: int, uninterrupted: byol.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (byol.Run(seed=3, epochs=EPOCHS) for _ in range(2))
+    train_step, calls = byol.train_step, itertools.count()
+
+    def interrupted(*args: Any) -> jax.Array:
+        if next(calls) == 5 * number + 3:  # in the middle of an epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(byol, "train_step", interrupted)
+        byol.train(first, tmp_path / "byol.msgpack")
+    assert len(first.losses) == number + 1
+    second.restore(tmp_path / "byol.msgpack")
+    byol.train(second)
+    assert_same(all_of(second), all_of(uninterrupted))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    run, path = byol.Run(seed=3, epochs=EPOCHS), tmp_path / "byol.msgpack"
+    run.save(path)
+    before = path.read_bytes()
+    with (
+        full_disk(len(before) // 2),
+        pytest.raises(SystemExit, match=f"^cannot save {path}: .*too large"),
+    ):
+        byol.train(run, path)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def main(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:

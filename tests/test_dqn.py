@@ -13,7 +13,7 @@ import dqn
 import jax
 import numpy as np
 import pytest
-from conftest import arrays, assert_same
+from conftest import arrays, assert_same, full_disk
 from flax import serialization
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "dqn.py"
@@ -134,7 +134,9 @@ def test_settings_of_another_run(
     assert "--seed: the checkpoint in" in capfd.readouterr().err
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [sys.executable, str(PROGRAM), "--seed", "1", "--out", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(0.1)
@@ -148,7 +150,28 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> No
     found = re.search(r"interrupted after (\d+) steps; .*\nto go on: (.*)\n", out)
     assert found
     assert shlex.split(found[2]) == [*command[:2], "--out", str(tmp_path), "--resume"]
-    assert (
-        len(dqn.load(tmp_path / "checkpoint.msgpack")["replay"]["reward"]) == int(found[1]) >= dqn.BLOCK
-    )
+    saved = dqn.load(tmp_path / "checkpoint.msgpack")
+    assert len(saved["replay"]["reward"]) == int(found[1]) >= dqn.BLOCK
     assert not list(tmp_path.glob("*.tmp"))
+    steps = int(found[1]) + dqn.BLOCK
+    main(monkeypatch, "--resume", "--steps", steps, "--out", tmp_path)
+    main(monkeypatch, "--seed", 1, "--steps", steps, "--out", tmp_path / "uninterrupted")
+    resumed, whole = (
+        dqn.load(folder / "checkpoint.msgpack") for folder in (tmp_path, tmp_path / "uninterrupted")
+    )
+    assert_same(arrays(strip(resumed)), arrays(strip(whole)))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.msgpack"
+    main(monkeypatch, "--steps", dqn.BLOCK, "--out", tmp_path)
+    before = path.read_bytes()
+    with (
+        full_disk(len(before) // 2),
+        pytest.raises(SystemExit, match=f"^cannot save {path}: .*too large"),
+    ):
+        main(monkeypatch, "--resume", "--steps", 2 * dqn.BLOCK, "--out", tmp_path)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+    main(monkeypatch, "--resume", "--steps", 2 * dqn.BLOCK, "--out", tmp_path)
+    assert len(dqn.load(path)["replay"]["reward"]) == 2 * dqn.BLOCK
