@@ -237,6 +237,14 @@ UNFIT: dict[str, tuple[Any, str]] = {
         r"/step: expected an integer, got datetime",
     ),
     "step a time": ({"step": np.timedelta64(3, "ns")}, r"/step: expected an integer, got timedelta"),
+    "of a model alone": (
+        {"w": SAVED["params"]["w"]},
+        r"^\./target/step: missing; the state holds \['w'\]",
+    ),
+    "of a whole agent": ({"target": SAVED}, r"^\./target/step: missing; the state holds \['target'\]"),
+    "of a list": ([3, SAVED["params"]], r"^\./target: expected a dict of .*, got list"),
+    "of optax": ({"count": 3, "ema": SAVED["params"]}, r"^\./target/step: missing; the state holds"),
+    "step a string": ({"step": "3"}, r"/step: expected an integer, got str"),
     "step a vector": ({"step": np.ones(2, int)}, r"/step: expected an integer, got int"),
 }
 
@@ -244,7 +252,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", UNFIT)
 def test_a_state_that_does_not_fit_is_refused_by_path(case: str) -> None:
     state, message = UNFIT[case]
-    if isinstance(state, dict) and not case.startswith(("no ", "another")):
+    if isinstance(state, dict) and not case.startswith(("no ", "another", "of ")):
         state = {**SAVED, **state}
     params = {"w": jnp.zeros(2), "n": jnp.int32(0), "empty": None}
     for template in (EMATarget(params, 0.3), PeriodicTarget(params, 2)):
@@ -252,6 +260,27 @@ def test_a_state_that_does_not_fit_is_refused_by_path(case: str) -> None:
             serialization.from_state_dict({"target": template}, {"target": state})
         assert_same(template.params, params)
         assert template.step == 0
+        assert template.update(moved(params)).step == 1
+
+
+def test_the_class_is_the_templates() -> None:
+    def make(dtype: Any, **settings: Any) -> tuple[Any, Any]:
+        params = {"w": jnp.ones(2, dtype)}
+        return EMATarget(params, 0.3, **settings).update(moved(params)), PeriodicTarget(params, 2)
+
+    ema, periodic = make(jnp.float32)
+    for target, template in ((ema, periodic), (periodic, ema)):  # both hold step and parameters
+        restored = through_bytes(target, template)
+        assert type(restored) is type(template)
+        assert_same(arrays(restored), arrays(target))
+    half, periodic = make(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"^\./params/w: expected bfloat16\[2\], .* got float32\[2\]"):
+        through_bytes(half, periodic)
+    everything, periodic = make(jnp.float32, compensated=True, skip_nonfinite=True)
+    with pytest.raises(ValueError, match=r"^\./skipped: unexpected; the target holds"):
+        through_bytes(everything, periodic)
+    with pytest.raises(ValueError, match=r"^\./skipped: missing; the state holds"):  # as an older one
+        through_bytes(periodic, everything)
 
 
 @pytest.mark.parametrize(

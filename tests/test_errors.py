@@ -1,6 +1,7 @@
 """Bad input names the argument or the key path, what was expected and what came; nothing changes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -65,16 +66,30 @@ ONLINES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "node for leaf": (lambda: changed("w", {"x": 1.0}), ValueError, W + "dict"),
     "leaf for the whole tree": (lambda: 1.0, ValueError, "online_params: expected dict as in"),
     "None for the whole tree": (lambda: None, ValueError, "online_params: expected dict as in"),
+    "abstract leaf": (
+        lambda: changed("w", jax.ShapeDtypeStruct((3, 1), jnp.float32)),
+        TypeError,
+        W + "ShapeDtypeStruct",
+    ),
+    "population": (lambda: changed("w", jnp.ones((2, 3, 1))), ValueError, W + "float32[2, 3, 1]"),
+    "empty": (dict, ValueError, "online_params['a']: expected dict as in the slow copy, got nothing"),
+    "the target itself": (
+        lambda: EMATarget(START, 0.5),
+        ValueError,
+        "online_params: expected dict as in the slow copy, got EMATarget",
+    ),
     "string for the whole tree": (lambda: "x", ValueError, "online_params: expected dict as in"),
 }
 UNJITTED = (  # what jit itself refuses, in its own words
     "string leaf",
+    "abstract leaf",
     "object leaf",
     "array of strings",
     "string for the whole tree",
     "integer past 32 bits",
     "integer past 64 bits",
 )
+JITTED = jax.jit(lambda target, params: target.update(params))
 TARGETS: dict[str, Callable[[], Any]] = {
     "ema": lambda: EMATarget(START, 0.5),
     "ema, donate": lambda: EMATarget(START, 0.5, donate=True),
@@ -88,29 +103,57 @@ TARGETS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("make", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("case", ONLINES)
-def test_online_parameters_that_do_not_fit(make: Callable[[], Any], case: str) -> None:
+def test_online_parameters_that_do_not_fit(kind: str, case: str) -> None:
     bad, error, message = ONLINES[case]
-    target, good = make(), make()
+    target, good = TARGETS[kind](), TARGETS[kind]()
+    for updates in (0, 2):  # a mistake on the first update and on later ones
+        for _ in range(updates):
+            target.update(ONLINE)
+            good.update(ONLINE)
+        before = jax.tree.map(np.array, target)
+        calls = [target.update, target.sync, target.distance]
+        if updates and "between" in kind:
+            calls.remove(target.update)  # it reads nothing there
+        if case not in UNJITTED:
+            calls.append(partial(JITTED, target))
+        for call in calls:
+            with pytest.raises(error) as caught:
+                call(bad())
+            assert str(caught.value).startswith(message)
+        assert_same(jax.tree.map(np.array, target), before)
+    assert_same(target.update(ONLINE).params, good.update(ONLINE).params)
+    assert target.step == good.step == 3
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_online_parameters_that_were_donated(kind: str) -> None:
+    target = TARGETS[kind]().sync(ONLINE).update(ONLINE).update(ONLINE)
     before = jax.tree.map(np.array, target)
-    for method in (target.update, target.sync, target.distance):
-        with pytest.raises(error) as caught:
-            method(bad())
-        assert str(caught.value).startswith(message)
-    if case not in UNJITTED:
-        with pytest.raises(error) as caught:
-            jax.jit(lambda t, p: t.update(p))(target, bad())
-        assert str(caught.value).startswith(message)
+    gone = moved(START)
+    jax.jit(moved, donate_argnums=0)(gone)
+    for call in (target.update, target.sync, target.distance, partial(JITTED, target)):
+        if call != target.update or "between" not in kind:
+            with pytest.raises((RuntimeError, ValueError), match="deleted"):  # in jax's own words
+                call(gone)
     assert_same(jax.tree.map(np.array, target), before)
-    for _ in range(2):
-        target.update(ONLINE)
-        good.update(ONLINE)
-    assert_same(target.params, good.params)
-    assert target.step == good.step
-    if "between" not in str(make):  # on later updates whenever they are read
-        with pytest.raises(error):
-            target.sync(bad())
+    assert target.update(ONLINE).step == 3
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("how", ["schedule", "number of a schedule", "array", "traced"])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_what_cannot_raise_is_clipped(value: float, how: str, compensated: bool) -> None:
+    make = {
+        "schedule": lambda s: EMATarget(START, lambda n: s + 0 * n, compensated=compensated),
+        "number of a schedule": lambda s: EMATarget(START, lambda n: value, compensated=compensated),
+        "array": lambda s: EMATarget(START, jnp.float32(s), compensated=compensated),
+        "traced": jax.jit(lambda s: EMATarget(START, s, compensated=compensated)),
+    }[how]
+    expected = ONLINE if value > 1 else {**START, "c": ONLINE["c"]}  # integers are copied
+    for call in (EMATarget.update, JITTED):
+        assert_same(call(make(value), ONLINE).params, expected)
 
 
 SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -170,12 +213,26 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "period a float": (lambda: PeriodicTarget(START, 2.0), TypeError, "update_period: .* got float32"),
     "period a boolean": (lambda: PeriodicTarget(START, True), TypeError, "update_period: .* got bool"),
+    "period a string": (lambda: PeriodicTarget(START, "2"), TypeError, "update_period: .* got str"),
+    "period a vector": (
+        lambda: PeriodicTarget(START, np.arange(3)),
+        ValueError,
+        "update_period: expected a scalar, got shape",
+    ),
+    "EMA period a float": (
+        lambda: EMATarget(START, 0.1, update_period=2.0),
+        TypeError,
+        "update_period: .* got float32",
+    ),
     "period None": (lambda: PeriodicTarget(START, None), TypeError, "update_period: .* got None"),
     "period a device array": (
         lambda: PeriodicTarget(START, jnp.int32(2)),
         TypeError,
         "update_period: .*Python",
     ),
+    "no step size": (lambda: EMATarget(START), TypeError, "step_size"),
+    "no period": (lambda: PeriodicTarget(START), TypeError, "update_period"),
+    "donate None": (lambda: EMATarget(START, 0.1, donate=None), TypeError, "donate"),
     "donate a number": (lambda: PeriodicTarget(START, 2, donate=1), TypeError, "donate"),
     "compensated None": (lambda: EMATarget(START, 0.1, compensated=None), TypeError, "compensated"),
     "skip_nonfinite 1": (lambda: EMATarget(START, 0.1, skip_nonfinite=1), TypeError, "skip_nonfinite"),
@@ -241,6 +298,9 @@ def test_settings_that_cannot_be_meant(case: str) -> None:
             "as the schedule returned it: expected a real scalar, got complex64",
         ),
         (lambda n: 1 / 0, ZeroDivisionError, "division"),
+        (lambda n: [0.1], TypeError, "as the schedule returned it: expected a real scalar, got list"),
+        (lambda n: n > 0, TypeError, "as the schedule returned it: expected a real scalar, got bool"),
+        (lambda n: 10**400, TypeError, "as the schedule returned it: expected a real scalar, got int"),
         (lambda: 0.1, TypeError, "argument"),
         (lambda n: 0.1 if n > 3 else 0.2, jax.errors.TracerBoolConversionError, "boolean"),
     ],

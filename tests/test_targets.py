@@ -91,15 +91,6 @@ def test_optax_schedules_as_they_are() -> None:
     assert_close(target.params, averaged([1, 1, 0.5, 0.25, 0]))
 
 
-@pytest.mark.parametrize("value", [2.0, -1.0, np.nan])
-def test_a_schedule_out_of_range_is_clipped(value: float) -> None:
-    target = EMATarget(START, lambda n: value + 0 * n)
-    constant = EMATarget(START, lambda n: value)
-    expected = online(0) if value == 2.0 else START
-    assert_same(target.update(online(0)).params, jax.tree.map(jnp.asarray, expected))
-    assert_same(constant.update(online(0)).params, target.params)
-
-
 def test_a_schedule_and_a_number_compile_once(trace_counter: Any) -> None:
     calls = []
 
