@@ -9,6 +9,10 @@ there is also `skipped`, an integer, and with `compensated` a `compensation`, ne
 `to_state_dict(target.params)` is what loads into a model. Settings are code: they come from the target
 that is restored into, as do its class, dtypes and shardings.
 
+A state that does not fit is a ValueError. Bytes that cannot be decoded never reach the target: they are
+a ValueError of msgpack or, where an array is damaged, whatever flax's decoder stumbles over (TypeError,
+IndexError, KeyError). Neither sees a flipped bit among an array's values: that takes a checksum.
+
 Example:
   >>> import jax.numpy as jnp
   >>> from flax import serialization

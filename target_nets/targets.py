@@ -268,7 +268,8 @@ class EMATarget(_Target[P]):
         is, 1 - decay. A number; a scalar array, which is a leaf of the target and may be swept with
         `vmap`; or a schedule, a hashable callable of the number of averagings done before this one.
         It is called with a traced int32 scalar. Arrays and what a schedule returns are clipped to
-        [0, 1], and nan counts as 0.
+        [0, 1], and nan counts as 0. Eager updates hand a number, or a schedule's argument, to the device
+        each time, which `jax.transfer_guard("disallow")` refuses; an array is there already.
       update_period: Average on every so many-th update only.
       mask: Which leaves to average, as in `optax.masked`: a tree prefix of booleans, or a callable of
         the parameters that returns one. The others are copied, as one may want of BatchNorm's
@@ -351,7 +352,9 @@ class EMATarget(_Target[P]):
     def skipped(self) -> jax.Array | np.ndarray[Any, np.dtype[np.int32]]:
         """How many averagings `skip_nonfinite` has left out so far: a 0-d int32 array.
 
-        On the device after an update: reading its value waits for that.
+        On the device after an update: reading its value waits for that. A schedule's argument is the
+        number of averagings due less these, and never below 0. Past 2**31-1 the former stays, so that
+        each one skipped then takes the schedule back by one.
         """
         return self._state.skipped if self._settings.skip_nonfinite else _on_host(0)
 
