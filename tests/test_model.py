@@ -198,7 +198,7 @@ class Held:
             }
             np.testing.assert_allclose(x, self.model.slow[name], **tolerance)
         expected = self.model.distance(values(ONLINE))
-        np.testing.assert_allclose(self.target.distance(ONLINE), expected, rtol=1e-3)
+        np.testing.assert_allclose(self.target.distance(ONLINE), expected, rtol=1e-3, atol=1e-5)
 
 
 class Uses(RuleBasedStateMachine):
