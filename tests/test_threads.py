@@ -90,7 +90,7 @@ def read_while_learning(target: Any, updates: int, read: Callable[[Any], Any]) -
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_every_read_is_a_complete_slow_copy(kind: str) -> None:
-    updates = 10_000 if kind in ("ema", "periodic") else 3_000
+    updates = 10_000 if kind in ("ema", "periodic") else 1_000
     alone = MAKERS[kind]()
     known = {bits(alone.params)} | {bits(t.params) for t in learn(alone, updates)}
     for reads in read_while_learning(MAKERS[kind](), updates, lambda target: bits(target.params)):
