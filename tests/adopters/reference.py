@@ -1,0 +1,26 @@
+"""What a target must hold: the textbook's average in float64 of the online parameters of a run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from conftest import arrays
+
+
+def assert_follows(slow: Any, online: list[Any], step_size: float | Callable[[int], float]) -> None:
+    """`online[0]` is what the target was made of, the others are what its updates were given."""
+    expected, *updates = ([x.astype(np.float64) for x in arrays(params)] for params in online)
+    before = expected
+    for n, new in enumerate(updates):
+        s = step_size(n) if callable(step_size) else step_size
+        before, expected = expected, [s * x + (1 - s) * y for x, y in zip(new, expected, strict=True)]
+    for x, y in zip(arrays(slow), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    # An update that is missing would show.
+    assert max(np.abs(x - y).max() for x, y in zip(expected, before, strict=True)) > 1e-3
+
+
+def entry(tree: Any, *index: int) -> Any:
+    """One entry of every array, as of one step of a scan or one lane of a vmap."""
+    return jax.tree.map(lambda x: x[index], tree)
