@@ -6,7 +6,11 @@ picklable, and equal when their settings are equal, so that an equal one compile
 a number or an array, traced or not; the result is float32 (float64 with `jax_enable_x64`), accurate at
 any n.
 
-optax's schedules are callables of the same kind. "Copy until step 1,000, then average":
+The weight that an average gives to a past iterate is the step size at that iterate times
+(1 - step size) at every one since.
+
+Example:
+  optax's schedules are callables of the same kind. A copy until step 1,000, then an average:
 
   >>> import optax
   >>> from target_nets import EMATarget, schedules
@@ -15,9 +19,6 @@ optax's schedules are callables of the same kind. "Copy until step 1,000, then a
   ... )
   >>> EMATarget({"w": 0.0}, copy_then_average).update({"w": 3.0}).params
   {'w': Array(3., dtype=float32)}
-
-The weight that an average gives to a past iterate is the step size at that iterate times
-(1 - step size) at every one since.
 """
 
 import math

@@ -104,6 +104,13 @@ class _Target(Generic[P]):
 
         A slow copy held in other dtypes is cast on reading, in one compiled call. Otherwise these are
         the target's own arrays: to train on from them, copy them before they are donated.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from target_nets import EMATarget
+          >>> target = EMATarget({"w": jnp.zeros(2, jnp.bfloat16)}, step_size=0.5)
+          >>> target.params  # held in float32, read in bfloat16
+          {'w': Array([0, 0], dtype=bfloat16)}
         """
         state, dtypes = self._state, self._settings.dtypes  # once: another thread may replace it
         params, compensation = state.params, state.compensation
@@ -120,6 +127,12 @@ class _Target(Generic[P]):
 
         The next eager update brings it back there. It stays within int32: after the largest multiple of
         the update period up to 2**31-1 it goes back by one period.
+
+        Example:
+          >>> from target_nets import PeriodicTarget
+          >>> target = PeriodicTarget({"w": 0.0}, update_period=100)
+          >>> target.update({"w": 1.0}).update({"w": 2.0}).step
+          array(2, dtype=int32)
         """
         return self._state.step
 
@@ -139,6 +152,12 @@ class _Target(Generic[P]):
           TypeError: A leaf is no number, or of a wider kind than that of the slow copy.
           RuntimeError: The target was not passed into the jax transformation that is running.
           Whatever is raised, the target is as it was before.
+
+        Example:
+          >>> from target_nets import EMATarget
+          >>> target = EMATarget({"w": 0.0}, step_size=0.5)
+          >>> target.update({"w": 1.0}).params
+          {'w': Array(0.5, dtype=float32)}
         """
         move = self._compiled("update")
         settings, state = self._settings, self._state
@@ -180,6 +199,13 @@ class _Target(Generic[P]):
 
         Raises:
           ValueError, TypeError, RuntimeError: As `update` does.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from target_nets import EMATarget
+          >>> target = EMATarget({"w": jnp.zeros(2)}, step_size=0.5)
+          >>> target.sync({"w": jnp.ones(2)}).params
+          {'w': Array([1., 1.], dtype=float32)}
         """
         move, state = self._compiled("sync"), self._state
         params, compensation, _ = rules.named(
@@ -200,6 +226,12 @@ class _Target(Generic[P]):
 
         Raises:
           ValueError, TypeError: As `update` does.
+
+        Example:
+          >>> from target_nets import EMATarget
+          >>> target = EMATarget({"w": 0.0, "b": 0.0}, step_size=0.5)
+          >>> target.distance({"w": 3.0, "b": 4.0})
+          Array(5., dtype=float32)
         """
         state = self._state
         _refuse("distance", state.step)
@@ -268,8 +300,8 @@ class EMATarget(_Target[P]):
         is, 1 - decay. A number; a scalar array, which is a leaf of the target and may be swept with
         `vmap`; or a schedule, a hashable callable of the number of averagings done before this one.
         It is called with a traced int32 scalar. Arrays and what a schedule returns are clipped to
-        [0, 1], and nan counts as 0. Eager updates hand a number, or a schedule's argument, to the device
-        each time, which `jax.transfer_guard("disallow")` refuses; an array is there already.
+        [0, 1], and nan counts as 0. Eager updates hand a schedule's argument to the device each time,
+        which `jax.transfer_guard("disallow")` refuses.
       update_period: Average on every so many-th update only.
       mask: Which leaves to average, as in `optax.masked`: a tree prefix of booleans, or a callable of
         the parameters that returns one. The others are copied, as one may want of BatchNorm's
@@ -355,6 +387,12 @@ class EMATarget(_Target[P]):
         On the device after an update: reading its value waits for that. A schedule's argument is the
         number of averagings due less these, and never below 0. Past 2**31-1 the former stays, so that
         each one skipped then takes the schedule back by one.
+
+        Example:
+          >>> from target_nets import EMATarget
+          >>> target = EMATarget({"w": 0.0}, step_size=0.5, skip_nonfinite=True)
+          >>> target.update({"w": float("nan")}).skipped
+          Array(1, dtype=int32)
         """
         return self._state.skipped if self._settings.skip_nonfinite else _on_host(0)
 
