@@ -16,8 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # since jax 0.12
+
+    def shard_alike(x: Any, y: Any) -> Any:
+        """Does nothing."""
+        return x, y
+
 
 Tree = TypeVar("Tree")
 Path: TypeAlias = tuple[Any, ...]  # of jax's keys
@@ -318,6 +328,74 @@ def widened(dtype: Any) -> Any:
 def _arithmetic(new: Any, old: Any) -> Any:
     """The dtype to combine two leaves in: of the wider kind, and of that the larger one."""
     return max(widened(old), widened(new), key=lambda dtype: (kind(dtype), dtype.itemsize))
+
+
+# Where the slow copy lives
+
+
+def kept(rule: Callable[..., Any], new: Any, held: tuple[Any, Any], sharding: Any = None) -> Any:
+    """Applies a rule to an online leaf and what is held of a slow one, where that is."""
+    near, slow = beside(new, held, sharding)
+    results = rule(near, *slow)
+    axes = set(jax.typeof(held[0]).sharding.mesh.axis_types)
+    if sharding is None and axes <= {AxisType.Auto} and jax.device_count() > 1:
+        results = jax.tree.map(_tied, results, slow)
+    return put_back(results, held)
+
+
+def beside(new: Any, held: tuple[Any, Any], sharding: Any = None) -> tuple[Any, tuple[Any, Any]]:
+    """An online leaf and what is held of a slow one on the device, both sharded as the slow one is.
+
+    The types say in which memory an array is and, on Explicit axes of a mesh, how it is sharded. On
+    Auto axes they do not: there it is said by whoever knows it.
+    """
+    place = jax.typeof(held[0]).sharding
+    if AxisType.Explicit in place.mesh.axis_types:
+        new = new if jax.typeof(new).sharding == place else jax.sharding.reshard(new, place)
+    elif sharding is not None:
+        new = lax.with_sharding_constraint(new, sharding.with_memory_kind("device"))
+    return new, on_device(held)
+
+
+def on_device(held: tuple[Any, Any]) -> tuple[Any, Any]:
+    """What is held of a slow leaf, out of host memory."""
+    return jax.device_put(held, jax.memory.Space.Device) if _on_host(held[0]) else held
+
+
+def put_back(results: Tree, held: tuple[Any, Any]) -> Tree:
+    """The results in host memory, if what is held of a slow leaf is there."""
+    return jax.device_put(results, jax.memory.Space.Host) if _on_host(held[0]) else results
+
+
+def _on_host(x: Any) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def _tied(x: jax.Array, old: jax.Array) -> jax.Array:
+    """The value of x, so linked to the other one that XLA shards both alike."""
+    never = lax.broadcast(lax.optimization_barrier(jnp.bool_(False)), x.shape)
+    return shard_alike(lax.select(never, old, x), old)[0]
+
+
+def shardings(tree: Any) -> tuple[Any, ...] | None:
+    """How the arrays of a tree are sharded, leaf by leaf; None where none is."""
+    of = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+    named = tuple(x if isinstance(x, NamedSharding) else None for x in of)
+    return named if any(named) else None
+
+
+def onto(new: Tree, old: Any) -> Tree:
+    """The tree with those of its arrays moved that are on other devices, which jit would not mix."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new  # the rule says where
+
+    def moved(x: Any, y: Any) -> Any:
+        if not all(isinstance(array, jax.Array) and array.committed for array in (x, y)):
+            return x
+        apart = x.sharding.device_set != y.sharding.device_set
+        return jax.device_put(x, y.sharding.with_memory_kind("device")) if apart else x
+
+    return jax.tree.map(moved, new, old)
 
 
 # The same over trees: one compiled call each

@@ -165,7 +165,8 @@ class _Target(Generic[P]):
 
         def moved(n: Any, slow: Any) -> Any:
             static = {"step_size": settings.step_size, "averaged": settings.averaged}
-            return rules.named(move, online_params, *slow, state.step_size, n, names=_NAMES, **static)
+            online, static["placed"] = self._placed(online_params)
+            return rules.named(move, online, *slow, state.step_size, n, names=_NAMES, **static)
 
         _refuse("update", step)
         slow = state.params, state.compensation, state.skipped
@@ -208,8 +209,9 @@ class _Target(Generic[P]):
           {'w': Array([1., 1.], dtype=float32)}
         """
         move, state = self._compiled("sync"), self._state
+        online, placed = self._placed(online_params)
         params, compensation, _ = rules.named(
-            move, online_params, state.params, state.compensation, names=_NAMES, averaged=False
+            move, online, state.params, state.compensation, names=_NAMES, averaged=False, placed=placed
         )
         self._state = state._replace(params=params, compensation=compensation)
         self._matched = True
@@ -235,7 +237,8 @@ class _Target(Generic[P]):
         """
         state = self._state
         _refuse("distance", state.step)
-        return rules.named(_distance, online_params, state.params, state.compensation, names=_NAMES)
+        online, _ = self._placed(online_params)
+        return rules.named(_distance, online, state.params, state.compensation, names=_NAMES)
 
     def _compiled(self, method: str) -> Any:
         """The compiled function to call here and now."""
@@ -247,6 +250,12 @@ class _Target(Generic[P]):
                 "of a loss, take the gradient first and update the target outside."
             )
         return _MOVE[self._settings.donate and self._trace == _EAGER]
+
+    def _placed(self, online: Any) -> tuple[Any, tuple[Any, ...] | None]:
+        """The online parameters on the slow copy's devices, and how that is sharded, if it is known."""
+        if self._trace != _EAGER or jax.device_count() == 1:
+            return online, None
+        return rules.onto(online, self._state.params), rules.shardings(self._state.params)
 
     def __repr__(self) -> str:
         settings, state = self._settings, self._state
@@ -444,6 +453,7 @@ def _move(
     *,
     step_size: float | Schedule | None = None,
     averaged: bool | tuple[bool, ...],
+    placed: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any]:
     """The slow copy, its compensation and the count of skipped averagings after a move."""
     pairs, treedef = rules.match(online, slow, _NAMES)
@@ -455,23 +465,27 @@ def _move(
         rate = jnp.asarray(rules.real_scalar("step_size, as the schedule returned it", step_size(n)))
     plain, exact = (rules.once_a_shape(rule, rate) for rule in (rules.average, rules.compensated))
 
-    def moved(new: Any, old: Any, error: Any, average: bool) -> tuple[Any, Any]:
-        if not average:
-            return rules.copy(new, old), None if error is None else error - error  # where it is placed
-        if error is None:
-            return plain(new, old), None
-        return exact(new, old, error)
-
     finite = None if skipped is None else rules.all_finite([new for new, _ in pairs])
-    if finite is not None:
-        pairs = [(rules.zero_unless(finite, new), old) for new, old in pairs]
-    before = [(old, error) for (_, old), error in zip(pairs, errors, strict=True)]
+
+    def moved(new: Any, old: Any, error: Any, average: bool) -> tuple[Any, Any]:
+        if finite is not None:
+            new = rules.zero_unless(finite, new)
+        if not average:  # the zeros of an error are its own, where it is placed
+            after = rules.copy(new, old), None if error is None else error - error
+        else:
+            after = (plain(new, old), None) if error is None else exact(new, old, error)
+        return (
+            after if finite is None else jax.tree.map(partial(lax.select, finite), after, (old, error))
+        )
+
     after = [
-        moved(new, *held, average) for (new, _), held, average in zip(pairs, before, which, strict=True)
+        rules.kept(partial(moved, average=average), new, (old, error), sharding)
+        for (new, old), error, average, sharding in zip(
+            pairs, errors, which, placed or [None] * len(pairs), strict=True
+        )
     ]
     if finite is not None:
-        keep = partial(lax.select, finite)
-        after, skipped = jax.tree.map(keep, (after, skipped), (before, _next(skipped, 1)))
+        skipped = jax.tree.map(partial(lax.select, finite), skipped, _next(skipped, 1))
     params = treedef.unflatten([value for value, _ in after])
     if compensation is not None:
         compensation = treedef.unflatten([error for _, error in after])
@@ -487,7 +501,7 @@ def _errors(compensation: Any, treedef: Any) -> list[Any]:
 _MOVE = {
     donate: jax.jit(
         _move,
-        static_argnames=("step_size", "averaged"),
+        static_argnames=("step_size", "averaged", "placed"),
         donate_argnames=("slow", "compensation") if donate else (),
         keep_unused=donate,
     )
@@ -522,19 +536,23 @@ def _on_host(step: int) -> np.ndarray:
 def _cast(params: P, compensation: Any, dtypes: tuple[Any, ...]) -> P:
     leaves, treedef = jax.tree.flatten(params)
     held = zip(leaves, _errors(compensation, treedef), dtypes, strict=True)
-    return treedef.unflatten(
-        [x if x.dtype == dtype else rules.total(x, error, dtype) for x, error, dtype in held]
-    )
+
+    def cast(x: Any, error: Any, dtype: Any) -> Any:
+        if x.dtype == dtype:
+            return x
+        return rules.put_back(rules.total(*rules.on_device((x, error)), dtype), (x, error))
+
+    return treedef.unflatten([cast(*leaf) for leaf in held])
 
 
 @jax.jit
 def _distance(online: Any, slow: Any, compensation: Any) -> jax.Array:
     pairs, treedef = rules.match(online, slow, _NAMES)
-    gaps = [
-        rules.difference(new, old, error)
-        for (new, old), error in zip(pairs, _errors(compensation, treedef), strict=True)
-        if jnp.issubdtype(old.dtype, jnp.inexact)
-    ]
+    gaps = []
+    for (new, old), error in zip(pairs, _errors(compensation, treedef), strict=True):
+        if jnp.issubdtype(old.dtype, jnp.inexact):
+            near, slow = rules.beside(new, (old, error))
+            gaps.append(rules.difference(near, *slow))
     total = jnp.asarray(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), 0.0))
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)  # has a gradient at 0
 

@@ -1,0 +1,260 @@
+"""Where the slow copy was put it stays, wherever the online parameters are: on virtual devices."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same
+from flax import serialization
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from target_nets import EMATarget, PeriodicTarget
+
+DEVICES = 4
+ALONE = jax.device_count() < DEVICES
+several = pytest.mark.skipif(ALONE, reason="runs in a process with more devices")
+
+ONLINE = {
+    "w": np.linspace(-1, 1, 64, dtype=np.float32).reshape(16, 4),
+    "half": np.linspace(-1, 1, 16, dtype=jnp.bfloat16),
+    "n": np.arange(8, dtype=np.int32),
+}
+START = jax.tree.map(np.zeros_like, ONLINE)
+SHARDED, REPLICATED = P("x"), P(None)
+LAYOUTS = {  # of the online parameters and of the slow copy
+    "both sharded": (SHARDED, SHARDED, "device"),
+    "slow copy sharded": (REPLICATED, SHARDED, "device"),
+    "slow copy replicated": (SHARDED, REPLICATED, "device"),
+    "both replicated": (REPLICATED, REPLICATED, "device"),
+    "both sharded, slow copy on the host": (SHARDED, SHARDED, "pinned_host"),
+    "slow copy sharded, on the host": (REPLICATED, SHARDED, "pinned_host"),
+}
+TARGETS: dict[str, Callable[[Any, bool], Any]] = {
+    "ema": lambda params, donate: EMATarget(params, 0.3, donate=donate),
+    "ema, everything": lambda params, donate: EMATarget(
+        params,
+        lambda n: 0.3 + 0 * n,
+        mask={"w": True, "half": False, "n": True},
+        compensated=True,
+        skip_nonfinite=True,
+        donate=donate,
+    ),
+    "ema, period": lambda params, donate: EMATarget(params, 0.3, update_period=2, donate=donate),
+    "periodic": lambda params, donate: PeriodicTarget(params, 2, donate=donate),
+}
+
+
+@pytest.mark.skipif(not ALONE, reason="runs once")
+def test_on_virtual_devices() -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-5000:]
+
+
+def mesh_of(axes: AxisType, devices: int = DEVICES) -> jax.sharding.Mesh:
+    return jax.make_mesh((devices,), ("x",), (axes,), devices=jax.devices()[:devices])
+
+
+def put(tree: Any, mesh: Any, spec: P, memory: str = "device") -> Any:
+    return jax.device_put(tree, NamedSharding(mesh, spec, memory_kind=memory))
+
+
+def assert_placed(target: Any, like: Any) -> None:
+    for x, y in zip(jax.tree.leaves(target.params), jax.tree.leaves(like), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        assert x.sharding.memory_kind == y.sharding.memory_kind
+
+
+def collectives(function: Any, *args: Any) -> set[str]:
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return set(re.findall(r"all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter", text))
+
+
+@several
+@pytest.mark.parametrize("kind", ["ema, everything", "periodic"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_it_stays_and_is_right(axes: AxisType, layout: str, kind: str) -> None:
+    online_spec, slow_spec, memory = LAYOUTS[layout]
+    mesh = mesh_of(axes)
+    online, start = put(ONLINE, mesh, online_spec), put(START, mesh, slow_spec, memory)
+    reference = TARGETS[kind](START, False)
+    for _ in range(2):
+        reference.update(ONLINE)
+    synced = TARGETS[kind](START, False).sync(ONLINE)
+    # On Auto axes jit does not know where it was put, and jax 0.12 has no way to say "as this one".
+    known = axes == AxisType.Explicit or "copy replicated" not in layout or jax.__version__ < "0.12"
+
+    for method, expected in (("update", reference), ("sync", synced)):
+
+        def eager(target: Any, online: Any, method: str = method) -> Any:
+            return getattr(target, method)(online)
+
+        donated = jax.jit(eager, donate_argnums=0)
+        for call, donate in ((eager, False), (eager, True), (donated, False)):
+            target = TARGETS[kind](start, donate)
+            assert_placed(target, start)
+            for _ in range(2):
+                target = call(target, online)
+            assert_same(jax.device_get(target.params), jax.device_get(expected.params))
+            if known or call is eager:
+                assert_placed(target, start)
+
+
+@several
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "copy replicated" not in name])
+def test_where_the_online_side_matches_or_is_replicated_nothing_is_communicated(
+    axes: AxisType, layout: str
+) -> None:
+    online_spec, slow_spec, memory = LAYOUTS[layout]
+    mesh = mesh_of(axes)
+    online, start = put(ONLINE, mesh, online_spec), put(START, mesh, slow_spec, memory)
+    for target in (EMATarget(start, 0.3, compensated=True), PeriodicTarget(start, 1)):
+        assert collectives(lambda t, p: t.update(p), target, online) == set()
+        assert collectives(lambda t, p: t.sync(p), target, online) == set()
+    # A test that can fail: the other way round, something is.
+    target = EMATarget(put(START, mesh, REPLICATED), 0.3)
+    if axes == AxisType.Explicit:
+        assert collectives(lambda t, p: t.update(p), target, put(ONLINE, mesh, SHARDED))
+
+
+@several
+def test_a_sharded_slow_copy_takes_its_part_of_the_memory() -> None:
+    mesh = mesh_of(AxisType.Auto)
+    online = put({"w": np.ones((64, 64), np.float32)}, mesh, REPLICATED)
+    target = EMATarget(put(online, mesh, SHARDED), 0.3).update(online)
+    shards = target.params["w"].addressable_shards
+    assert [shard.data.nbytes for shard in shards] == [64 * 64 * 4 // DEVICES] * DEVICES
+
+
+@several
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_goes_where_the_template_is(axes: AxisType, layout: str) -> None:
+    online_spec, slow_spec, memory = LAYOUTS[layout]
+    mesh = mesh_of(axes)
+    make = TARGETS["ema, everything"]
+    target = make(START, False).update(ONLINE)
+    saved = serialization.to_bytes(target)
+    start = put(START, mesh, slow_spec, memory)
+    for restored in (
+        serialization.from_bytes(make(start, False), saved),
+        serialization.from_state_dict(make(start, False), serialization.to_state_dict(target)),
+    ):
+        assert_placed(restored, start)
+        restored.update(put(ONLINE, mesh, online_spec))
+        assert_placed(restored, start)
+        assert serialization.to_bytes(restored) == serialization.to_bytes(
+            serialization.from_bytes(make(START, False), saved).update(ONLINE)
+        )
+
+
+@several
+def test_a_slow_copy_on_one_device_beside_a_mesh() -> None:
+    mesh = mesh_of(AxisType.Auto)
+    device = SingleDeviceSharding(jax.devices()[3])
+    online = put(ONLINE, mesh, SHARDED)
+    for kind in TARGETS:
+        start = jax.device_put(START, device)
+        target = TARGETS[kind](start, False).update(online).update(online)
+        assert_placed(target, start)
+        assert_same(
+            jax.device_get(target.params),
+            jax.device_get(TARGETS[kind](START, False).update(ONLINE).update(ONLINE).params),
+        )
+    with pytest.raises(
+        ValueError, match="incompatible devices"
+    ):  # jax's own word, before anything moves
+        jax.jit(lambda t, p: t.update(p))(EMATarget(jax.device_put(START, device), 0.3), online)
+
+
+@several
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_a_population_over_devices(axes: AxisType) -> None:
+    mesh = mesh_of(axes)
+    sharding = NamedSharding(mesh, P("x"))
+    step_sizes = jnp.linspace(0, 1, DEVICES)
+    population = jax.vmap(lambda s: EMATarget(START, s))(step_sizes)
+    expected = jax.vmap(lambda t: t.update(ONLINE))(population)
+    got = jax.device_put(population, sharding)
+    got = jax.jit(jax.vmap(lambda t: t.update(ONLINE)))(got)
+    assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in jax.tree.leaves(got))
+    assert_same(jax.device_get(got), jax.device_get(expected))
+
+
+@several
+@pytest.mark.parametrize("kind", ["ema", "ema, period", "periodic"])
+def test_inside_shard_map(kind: str) -> None:
+    mesh = mesh_of(AxisType.Auto)
+    online, start = (put({"w": tree["w"]}, mesh, SHARDED) for tree in (ONLINE, START))
+    target = TARGETS[kind](start, False)
+    specs = jax.tree.map(lambda x: P("x") if np.ndim(x) else P(), target)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs)
+    def update(target: Any, online: Any) -> Any:
+        return target.update(online)
+
+    for _ in range(2):
+        target = update(target, online)
+    expected = TARGETS[kind](START, False).update(ONLINE).update(ONLINE).params
+    assert_same(jax.device_get(target.params["w"]), jax.device_get(expected["w"]))
+
+
+@several
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_in_a_scan_and_a_gradient(axes: AxisType) -> None:
+    mesh = mesh_of(axes)
+    online, start = ({"w": put(tree["w"], mesh, SHARDED)} for tree in (ONLINE, START))
+
+    @jax.jit
+    def train(target: Any, online: Any) -> Any:
+        return jax.lax.scan(lambda t, _: (t.update(online), t.distance(online)), target, length=5)
+
+    target, distances = train(EMATarget(start, 0.3), online)
+    assert_placed(target, start)
+    alone, expected = train(EMATarget({"w": START["w"]}, 0.3), {"w": ONLINE["w"]})
+    assert_same(jax.device_get(target.params), jax.device_get(alone.params))
+    np.testing.assert_allclose(distances, expected, rtol=1e-6)
+
+    def loss(online: Any, target: Any) -> Any:
+        target = jax.tree.map(jnp.copy, target)  # one made here, which may be updated here
+        return jnp.sum(target.update(online).params["w"] ** 2)
+
+    gradients = jax.jit(jax.grad(loss))(online, EMATarget(start, 0.25))
+    np.testing.assert_allclose(gradients["w"], 2 * 0.25**2 * ONLINE["w"], rtol=1e-6)
+
+
+@several
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_distances_and_casts(axes: AxisType, layout: str) -> None:
+    online_spec, slow_spec, memory = LAYOUTS[layout]
+    mesh = mesh_of(axes)
+    online, start = put(ONLINE, mesh, online_spec), put(START, mesh, slow_spec, memory)
+    target = EMATarget(start, 0.3)
+    expected = EMATarget(START, 0.3).distance(ONLINE)
+    np.testing.assert_allclose(target.distance(online), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda t, p: t.distance(p))(target, online), expected, rtol=1e-6)
+    assert target.params["half"].dtype == jnp.bfloat16  # held in float32, cast where it is
+    assert_placed(target, start)
+
+
+@several
+def test_sizes_that_do_not_divide_are_refused_before_anything_moves() -> None:
+    mesh = mesh_of(AxisType.Auto)
+    with pytest.raises(ValueError, match="dimension size is 9"):
+        EMATarget(put({"w": np.ones(9, np.float32)}, mesh, SHARDED), 0.3)
