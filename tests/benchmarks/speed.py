@@ -9,14 +9,15 @@ pip install -e '.[bench]'  # the peers; for torch on a CPU see pytorch.org
 """
 
 import argparse
+import concurrent.futures
 import ctypes
 import functools
-import gc
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import random
@@ -168,17 +169,17 @@ def jax_cases(online: Tree, start: Tree) -> Iterator[tuple[str, Case]]:
     variables, slow = (
         nnx.State({name: nnx.Param(x) for name, x in tree.items()}) for tree in (online, start)
     )
-    eager, jitted = (nnx.EMA(slow, decay=1 - STEP_SIZE) for _ in range(2))
+    ema = nnx.EMA(slow, decay=1 - STEP_SIZE)
 
     def nnx_eager() -> Any:
-        eager.update(variables)
-        return jax.tree.leaves(eager.params)
+        ema.update(variables)
+        return jax.tree.leaves(ema.params)
 
     update = nnx.jit(lambda ema, variables: ema.update(variables))
 
     def nnx_jit() -> Any:
-        update(jitted, variables)
-        return jax.tree.leaves(jitted.params)
+        update(ema, variables)
+        return jax.tree.leaves(ema.params)
 
     yield "flax.nnx.EMA, eager", nnx_eager
     yield "flax.nnx.EMA in nnx.jit", nnx_jit
@@ -324,7 +325,6 @@ def timed(call: Case, calls: int) -> float:
 
 def table(tree: str, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Prints what each case costs on a tree."""
-    gc.collect()  # the last tree's arrays
     shapes = TREES[tree]()
     count = sum(int(np.prod(shape)) for shape in shapes)
     online, start = tree_of(shapes, 1.0), tree_of(shapes, 0.5)
@@ -404,12 +404,20 @@ def main() -> None:
             versions[name] = importlib.metadata.version(name)
         else:
             print(f"skipped: {name} (not installed)")
-    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    with tempfile.TemporaryDirectory() as folder:
-        tables = {tree: table(tree, 40 if tree == "DQN" else 15, Path(folder)) for tree in args.trees}
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(machine, ", ".join(f"{name} {version}" for name, version in versions.items()), sep="\n")
+    spawn = multiprocessing.get_context("spawn")  # a process for each tree, with all of the memory
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool,
+    ):
+        tables = {
+            tree: pool.submit(table, tree, 40 if tree == "DQN" else 15, Path(folder)).result()
+            for tree in args.trees
+        }
     if args.json:
-        args.json.write_text(json.dumps({"versions": versions, "tables": tables}, indent=1))
+        found = {"machine": machine, "versions": versions, "tables": tables}
+        args.json.write_text(json.dumps(found, indent=1))
     if args.trees == list(TREES):
         draw(tables, growth(7))
 
