@@ -4,7 +4,11 @@
 [0, t]. From snapshots of two such averages, a few dozen in all, `reconstruct` makes the average of any
 other length: the weighted sum of the snapshots whose profile is closest to the one asked for.
 
-Two targets are all it takes while training:
+The iterates are discrete and the profiles are not, but that costs nothing: the average of the iterates
+is exactly that of a path which stays at each of them for one unit of time.
+
+Example:
+  Two targets are all it takes while training:
 
   >>> import jax.numpy as jnp
   >>> from flax import serialization
@@ -19,16 +23,13 @@ Two targets are all it takes while training:
   ...         if target.update(params).step % 6 == 0:
   ...             saved[int(target.step), length.gamma] = serialization.to_bytes(target)
 
-A resumed run writes the same bytes again. Afterwards the snapshots are loaded one by one:
+  A resumed run writes the same bytes again. Afterwards the snapshots are loaded one by one:
 
   >>> def load(key):
   ...     return serialization.from_bytes(targets[0], saved[key]).params
   >>> snapshots = [(*key, lambda key=key: load(key)) for key in saved]
   >>> print(posthoc.reconstruct(snapshots, sigma_rel=0.07)["w"].round(2))
   [89.24 89.24]
-
-The iterates are discrete and the profiles are not, but that costs nothing: the average of the iterates
-is exactly that of a path which stays at each of them for one unit of time.
 """
 
 from collections.abc import Callable, Iterable

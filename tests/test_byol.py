@@ -88,7 +88,7 @@ def test_ctrl_c_finishes_the_epoch_and_the_run_goes_on_to_the_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(byol, "train_step", interrupted)
-        byol.train(first, tmp_path / "byol.msgpack")
+        byol.train(first, lambda: first.save(tmp_path / "byol.msgpack"))
     assert len(first.losses) == number + 1
     second.restore(tmp_path / "byol.msgpack")
     byol.train(second)
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         full_disk(len(before) // 2),
         pytest.raises(SystemExit, match=f"^cannot save {path}: .*too large"),
     ):
-        byol.train(run, path)
+        byol.train(run, lambda: run.save(path))
     assert path.read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 import target_nets
-from target_nets import schedules
+from target_nets import posthoc, schedules
 
 NAMES: dict[str, Any] = {
-    name: getattr(module, name) for module in (target_nets, schedules) for name in module.__all__
+    name: getattr(module, name)
+    for module in (target_nets, schedules, posthoc)
+    for name in module.__all__
 }
 MEMBERS: dict[str, Any] = {
     f"{name}.{member}": value
