@@ -373,17 +373,18 @@ def draw(tables: dict[str, Any], grown: dict[str, dict[int, float]]) -> None:
 
     figure = plt.figure(figsize=(10, 7.5), layout="constrained")
     panels = figure.subplot_mosaic([["DQN", "GPT-2"], ["DQN", "GPT-2"], ["parameters", "arrays"]])
-    for tree in ("DQN", "GPT-2"):
-        seconds = {name: each["seconds"] * 1e6 for name, each in tables[tree].items()}
-        names = sorted(seconds, key=seconds.__getitem__, reverse=True)
+    for tree, unit, scale in (("DQN", "microseconds", 1e6), ("GPT-2", "milliseconds", 1e3)):
+        times = {name: each["seconds"] * scale for name, each in tables[tree].items()}
+        names = sorted(times, key=times.__getitem__, reverse=True)
         ours = ("EMATarget", "PeriodicTarget", "...", "in a jitted")
         colours = [
             "tab:blue" if n.startswith(ours) else "0.2" if "limit" in n else "tab:orange" for n in names
         ]
-        bars = panels[tree].barh(names, [seconds[name] for name in names], color=colours)
-        panels[tree].bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
-        panels[tree].set(xscale="log", title=f"{tree}, microseconds an update")
-        panels[tree].margins(x=0.15)
+        labels = [name.replace("...", "EMATarget,") for name in names]
+        bars = panels[tree].barh(labels, [times[name] for name in names], color=colours)
+        panels[tree].bar_label(bars, [f"{times[name]:,.3g}" for name in names], fontsize=7, padding=2)
+        panels[tree].set(xscale="log", title=f"{tree}: {unit} an update")
+        panels[tree].margins(x=0.2, y=0.01)
         panels[tree].tick_params(axis="y", labelsize=7)
     for what in ("parameters", "arrays"):
         panels[what].loglog(grown[what].keys(), [1e6 * s for s in grown[what].values()], "o-")
@@ -415,11 +416,12 @@ def main() -> None:
             tree: pool.submit(table, tree, 40 if tree == "DQN" else 15, Path(folder)).result()
             for tree in args.trees
         }
-    if args.json:
-        found = {"machine": machine, "versions": versions, "tables": tables}
-        args.json.write_text(json.dumps(found, indent=1))
+    found: dict[str, Any] = {"machine": machine, "versions": versions, "tables": tables}
     if args.trees == list(TREES):
-        draw(tables, growth(7))
+        found["growth"] = growth(7)
+        draw(tables, found["growth"])
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
