@@ -1,0 +1,126 @@
+"""The sharded example measures what it says, and resumes to the bit, wherever the slow copy lives."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import sharded
+from conftest import assert_same
+
+PROGRAM = Path(__file__).parent.parent / "examples" / "sharded.py"
+FOLDER = "width-64"
+WHOLE = (2 * 64 * 64 + 2 * 4 * 64 * 256) * 4 / 2**20  # MiB of the parameters
+
+
+@contextlib.contextmanager
+def running(*args: Any) -> Iterator[subprocess.Popen[str]]:
+    """The program, which does not outlive the block, nor do its processes."""
+    command = [sys.executable, "-W", "error", str(PROGRAM), "--width", "64", *map(str, args)]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    ) as program:
+        try:
+            yield program
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+
+
+def run(*args: Any) -> str:
+    """What the program prints."""
+    with running(*args) as program:
+        out, errors = program.communicate(timeout=100)
+    assert program.returncode == 0, errors
+    return out
+
+
+def saved(out: Path, step: int) -> Any:
+    """A checkpoint as NumPy arrays."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        folder = out / FOLDER / str(step) / "default"
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            checkpointer.metadata(folder).item_metadata.tree,
+        )
+        return checkpointer.restore(folder, restore_args=as_numpy)
+
+
+@pytest.fixture(scope="module", name="uninterrupted")
+def _uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return out, run("--devices", 4, "--steps", 50, "--out", out)
+
+
+def test_what_each_place_of_the_slow_copy_costs(uninterrupted: tuple[Path, str]) -> None:
+    out, printed = uninterrupted
+    assert (
+        f"4 devices, on each {WHOLE / 4:.2f} MiB of params, {WHOLE / 2:.2f} MiB of opt_state" in printed
+    )
+    row = re.compile(r"^(\w+) +([\d.]+) MiB +([\d.]+) MiB +([\d.]+) MiB +[\d.]+ ms$", re.MULTILINE)
+    rows = {name: tuple(map(float, cells)) for name, *cells in row.findall(printed)}
+    assert rows == {
+        "none": (0, 0, 0),
+        "sharded": (round(WHOLE / 4, 2), 0, 0),
+        "replicated": (round(WHOLE, 2), 0, round(WHOLE * 3 / 4, 2)),
+        "host": (0, round(WHOLE / 4, 2), 0),
+    }
+    assert re.search(r"after 50 steps: online 0\.\d+, slow copy 0\.\d+", printed)
+    assert (out / "sharded.png").stat().st_size > 10_000
+
+
+def test_resumed_with_the_slow_copy_elsewhere_it_equals_an_uninterrupted_run(
+    uninterrupted: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, printed = uninterrupted
+    shutil.copytree(out / FOLDER / "25", tmp_path / FOLDER / "25")
+    settings = ("--slow", "host", "--resume", "--steps", 50, "--out", tmp_path)
+    assert run("--devices", 4, *settings).splitlines()[-1] == printed.splitlines()[-1]
+    assert_same(saved(tmp_path, 50), saved(out, 50))
+    assert saved(out, 50)["target"]["step"] == 50
+
+
+def test_two_processes_go_on_from_there_and_heed_a_ctrl_c_together(
+    uninterrupted: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted[0] / FOLDER / "50", tmp_path / FOLDER / "50")
+    settings = ("--processes", 2, "--devices", 1, "--resume", "--steps", 10**6, "--out", tmp_path)
+    with running(*settings) as program:
+        end = time.monotonic() + 60
+        while not (tmp_path / FOLDER / "75").exists() and program.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.killpg(program.pid, signal.SIGINT)
+        out, errors = program.communicate(timeout=60)
+        assert program.returncode == 130, errors
+    last = int(re.findall(r"after (\d+) steps: online", out)[0])
+    assert last >= 75
+    assert saved(tmp_path, last)["target"]["step"] == last
+
+
+def test_bad_arguments(
+    uninterrupted: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    for args, message in {
+        ("--devices", "3"): "--devices: 256 samples do not split over 3",
+        ("--slow", "disk"): "--slow: invalid choice: 'disk'",
+        ("--width", "64", "--out", str(uninterrupted[0])): "holds a run: --resume it",
+        ("--out", "nowhere", "--resume"): "holds no checkpoint",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["sharded.py", *args])
+        with pytest.raises(SystemExit, match="2"):
+            sharded.main()
+        assert message in capfd.readouterr().err
