@@ -165,7 +165,7 @@ def measured(width: int, place: str) -> str:
 
 def draw(width: int, path: Path) -> None:
     """Where each part of each array lives: in the memory of which device, or of its host (h)."""
-    trees = {"parameters, optimizer": init(width)}
+    trees = {"parameters, each of two moments": init(width)}
     trees |= {f"slow copy, {place}": slow_copy(init(width), place).params for place in PLACES}
     if jax.process_index() > 0:
         return
@@ -203,7 +203,8 @@ def run(args: argparse.Namespace, number: int = 0, port: int = 0) -> None:
     jax.config.update("jax_num_cpu_devices", args.devices)
     if args.processes > 1:
         jax.config.update("jax_platforms", "cpu")
-        jax.distributed.initialize(f"127.0.0.1:{port}", args.processes, number)
+        here = f"127.0.0.1:{port}"
+        jax.distributed.initialize(here, args.processes, number, coordinator_bind_address=here)
     jax.set_mesh(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)))
     say = print if number == 0 else lambda *_: None
 
