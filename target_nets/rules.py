@@ -6,6 +6,7 @@ name. What differs is written in each docstring: dtypes are kept, shapes and str
 exactly, and no result shares memory with the online tensors.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,18 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import batching, mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
-
-try:
-    from jax.experimental.shard_alike import shard_alike
-except ImportError:  # since jax 0.12
-
-    def shard_alike(x: Any, y: Any) -> Any:
-        """Does nothing."""
-        return x, y
-
 
 Tree = TypeVar("Tree")
 Path: TypeAlias = tuple[Any, ...]  # of jax's keys
@@ -371,10 +367,32 @@ def _on_host(x: Any) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
+@jax.custom_jvp
 def _tied(x: jax.Array, old: jax.Array) -> jax.Array:
     """The value of x, so linked to the other one that XLA shards both alike."""
     never = lax.broadcast(lax.optimization_barrier(jnp.bool_(False)), x.shape)
-    return shard_alike(lax.select(never, old, x), old)[0]
+    return _alike.bind(lax.select(never, old, x), old)
+
+
+_tied.defjvp(lambda primals, tangents: (_tied(*primals), tangents[0]))
+
+
+def _lowered(_: Any, x: Any, old: Any) -> list[Any]:
+    group = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), next(_groups))
+    for value in (x, old):
+        sdy.ShardingGroupOp(value, group)
+    return [x]
+
+
+# What jax.experimental.shard_alike was, which jax 0.12 no longer has.
+_alike, _groups = Primitive("alike"), itertools.count(2**32)
+_alike.def_impl(lambda x, _: x)
+_alike.def_abstract_eval(lambda x, _: x)
+batching.primitive_batchers[_alike] = lambda args, axes: (
+    (_alike.bind(*args) if axes[0] == axes[1] else args[0]),
+    axes[0],
+)
+mlir.register_lowering(_alike, _lowered)
 
 
 def shardings(tree: Any) -> tuple[Any, ...] | None:

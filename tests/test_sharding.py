@@ -94,9 +94,6 @@ def test_it_stays_and_is_right(axes: AxisType, layout: str, kind: str) -> None:
     for _ in range(2):
         reference.update(ONLINE)
     synced = TARGETS[kind](START, False).sync(ONLINE)
-    # On Auto axes jit does not know where it was put, and jax 0.12 has no way to say "as this one".
-    known = axes == AxisType.Explicit or "copy replicated" not in layout or jax.__version__ < "0.12"
-
     for method, expected in (("update", reference), ("sync", synced)):
 
         def eager(target: Any, online: Any, method: str = method) -> Any:
@@ -109,8 +106,7 @@ def test_it_stays_and_is_right(axes: AxisType, layout: str, kind: str) -> None:
             for _ in range(2):
                 target = call(target, online)
             assert_same(jax.device_get(target.params), jax.device_get(expected.params))
-            if known or call is eager:
-                assert_placed(target, start)
+            assert_placed(target, start)
 
 
 @several
