@@ -648,7 +648,10 @@ def _sorted_step_size(step_size: Any) -> tuple[Any, jax.Array | None]:
 
 def _own(tree: P) -> P:
     """A copy in memory of its own, where the arrays are placed."""
-    return jax.device_put(rules.own_numpy(tree), may_alias=False)
+    tree = rules.own_numpy(tree)
+    # Of arrays whose parts are in several processes, jax must be told the place.
+    places = jax.tree.map(lambda x: x.sharding if getattr(x, "committed", False) else None, tree)
+    return jax.device_put(tree, places, may_alias=False)
 
 
 def _begun(params: Any, dtypes: list[Any]) -> Any:
