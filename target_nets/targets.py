@@ -612,7 +612,7 @@ def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any
 def _counter(slow: Any) -> Any:
     """A counter that begins where updates will leave it: beside the slow copy, if that was placed."""
     for x in jax.tree.leaves(slow):
-        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed:
+        if _was_put(x):
             sharding = x.sharding
             if isinstance(sharding, NamedSharding):
                 sharding = NamedSharding(sharding.mesh, PartitionSpec())
@@ -650,8 +650,13 @@ def _own(tree: P) -> P:
     """A copy in memory of its own, where the arrays are placed."""
     tree = rules.own_numpy(tree)
     # Of arrays whose parts are in several processes, jax must be told the place.
-    places = jax.tree.map(lambda x: x.sharding if getattr(x, "committed", False) else None, tree)
+    places = jax.tree.map(lambda x: x.sharding if _was_put(x) else None, tree)
     return jax.device_put(tree, places, may_alias=False)
+
+
+def _was_put(x: Any) -> bool:
+    """Whether an array was placed by somebody, so that jax does not move it."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
 
 
 def _begun(params: Any, dtypes: list[Any]) -> Any:
