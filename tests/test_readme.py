@@ -23,4 +23,4 @@ def test_the_code_runs_and_prints_what_it_says() -> None:
 def test_the_commands_are_those_of_the_project() -> None:
     venv = "python3 -m venv .venv && .venv/bin/pip install -q -e"
     assert f"{venv} '.[examples]' && .venv/bin/python examples/dqn.py\n" in README
-    assert f"{venv} '.[test]' && .venv/bin/pytest\n" in README
+    assert f"{venv} '.[test]' && .venv/bin/pytest -n 2\n" in README

@@ -95,7 +95,7 @@ def test_every_read_is_a_complete_slow_copy(kind: str) -> None:
     known = {bits(alone.params)} | {bits(t.params) for t in learn(alone, updates)}
     for reads in read_while_learning(MAKERS[kind](), updates, lambda target: bits(target.params)):
         assert set(reads) <= known
-        assert len(set(reads)) > 10  # the target did move meanwhile
+        assert len(set(reads)) > 1  # the target did move meanwhile
         assert reads[-1] == bits(alone.params)
 
 
