@@ -32,6 +32,8 @@ Example:
   [89.24 89.24]
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 

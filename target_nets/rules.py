@@ -6,6 +6,8 @@ name. What differs is written in each docstring: dtypes are kept, shapes and str
 exactly, and no result shares memory with the online tensors.
 """
 
+from __future__ import annotations
+
 import itertools
 import operator
 from collections.abc import Callable, Iterator

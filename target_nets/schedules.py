@@ -24,7 +24,7 @@ Example:
 import math
 import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import jax
@@ -44,30 +44,28 @@ __all__ = [
 ]
 
 
-def _number(name: str, low: float, high: float) -> Callable[[Any], float]:
+def _number(name: str, low: float, high: float) -> Callable[[float], float]:
     """A converter of numbers within [low, high] to floats."""
 
-    def convert(value: Any) -> float:
+    def convert(value: float) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: expected a number, got {value!r}")
-        number: Any = value
-        if not low <= number <= high:
+        if not low <= value <= high:
             raise ValueError(f"{name}: expected a number in [{low:g}, {high:.4g}], got {value}")
-        return float(number)
+        return float(value)
 
     return convert
 
 
-def _count(name: str) -> Callable[[Any], int]:
+def _count(name: str) -> Callable[[int], int]:
     """A converter of integers from 1."""
 
-    def convert(value: Any) -> int:
+    def convert(value: int) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}: expected an integer, got {value!r}")
-        number: Any = value
-        if not 1 <= number < 2**31:
+        if not 1 <= value < 2**31:
             raise ValueError(f"{name}: expected 1 to 2**31-1, got {value}")
-        return int(number)
+        return int(value)
 
     return convert
 

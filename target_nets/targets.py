@@ -13,6 +13,8 @@ Three traps that no check can see:
   and weight decay would shrink it. Build the optimizer over the network.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial

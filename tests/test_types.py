@@ -77,6 +77,8 @@ def test_another_tree_is_an_error_in_the_editor_too() -> None:
         target.update(Params(jnp.ones(2), jnp.zeros(2)))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="update_period"):
         PeriodicTarget({"w": jnp.ones(2)}, 2.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="total_steps"):
+        schedules.cosine(0.1, 2.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_rules() -> None:
