@@ -303,6 +303,10 @@ class _Target(Generic[P]):
 class EMATarget(_Target[P]):
     """A target whose parameters are a moving average of the online parameters (Polyak averaging).
 
+    Call `update` after each gradient step and read `params`. Both classes are pytrees: pass a target into
+    jit, scan, vmap or shard_map as an argument, and return it. flax.serialization saves what changes, the
+    slow copy and the counters; the settings below are code, and those of the template are used.
+
     Args:
       params: The parameters to start from: a tree of arrays of any shapes and dtypes (of an Equinox
         module, `eqx.filter(module, eqx.is_array)`). They are copied; where they are placed, the slow
@@ -412,6 +416,8 @@ class EMATarget(_Target[P]):
 @attrs.define(eq=False, init=False, repr=False)
 class PeriodicTarget(_Target[P]):
     """A target whose parameters are a copy of the online parameters, taken every so many updates.
+
+    Used, passed into transformations and saved as an `EMATarget` is.
 
     Args:
       params: The parameters to start from: a tree of arrays of any shapes and dtypes. They are copied;
