@@ -303,9 +303,9 @@ class _Target(Generic[P]):
 class EMATarget(_Target[P]):
     """A target whose parameters are a moving average of the online parameters (Polyak averaging).
 
-    Call `update` after each gradient step and read `params`. Both classes are pytrees: pass a target into
-    jit, scan, vmap or shard_map as an argument, and return it. flax.serialization saves what changes, the
-    slow copy and the counters; the settings below are code, and those of the template are used.
+    Call `update` after each gradient step and read `params`. Both classes are pytrees: pass a target
+    into jit, scan, vmap or shard_map as an argument, and return it. flax.serialization saves what
+    changes, the slow copy and the counters; the settings below are code, and the template's are used.
 
     Args:
       params: The parameters to start from: a tree of arrays of any shapes and dtypes (of an Equinox
