@@ -334,18 +334,14 @@ def _arithmetic(new: Any, old: Any) -> Any:
 def kept(rule: Callable[..., Any], new: Any, held: tuple[Any, Any], sharding: Any = None) -> Any:
     """Applies a rule to an online leaf and what is held of a slow one, where that is."""
     near, slow = beside(new, held, sharding)
-    results = rule(near, *slow)
-    axes = set(jax.typeof(held[0]).sharding.mesh.axis_types)
-    if sharding is None and axes <= {AxisType.Auto} and jax.device_count() > 1:
-        results = jax.tree.map(_tied, results, slow)
-    return put_back(results, held)
+    return put_back(rule(near, *slow), held)
 
 
 def beside(new: Any, held: tuple[Any, Any], sharding: Any = None) -> tuple[Any, tuple[Any, Any]]:
     """An online leaf and what is held of a slow one on the device, both sharded as the slow one is.
 
     The types say in which memory an array is and, on Explicit axes of a mesh, how it is sharded. On
-    Auto axes they do not: there it is said by whoever knows it.
+    Auto axes they do not: there it is said by whoever knows it, or see `alike`.
     """
     place = jax.typeof(held[0]).sharding
     if AxisType.Explicit in place.mesh.axis_types:
@@ -369,29 +365,41 @@ def _on_host(x: Any) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
+def alike(new: Tree, old: Tree) -> Tree:
+    """The new arrays, each so linked to the old one that XLA shards both alike, on Auto axes.
+
+    Made where it is traced, not inside of a compiled function, whose calls would share the link, and so
+    would all be linked.
+    """
+    return jax.tree.map(_linked, new, old)
+
+
 @jax.custom_jvp
-def _tied(x: jax.Array, old: jax.Array) -> jax.Array:
-    """The value of x, so linked to the other one that XLA shards both alike."""
-    never = lax.broadcast(lax.optimization_barrier(jnp.bool_(False)), x.shape)
-    return _alike.bind(lax.select(never, old, x), old)
+def _linked(new: jax.Array, old: jax.Array) -> jax.Array:
+    if not set(jax.typeof(old).sharding.mesh.axis_types) <= {AxisType.Auto}:
+        return new
+    if not _on_host(old):  # a copy is the online array itself, which may be elsewhere
+        never = lax.broadcast(lax.optimization_barrier(jnp.bool_(False)), new.shape)
+        new = lax.select(never, old, new)
+    return _alike.bind(new, old, group=next(_groups))
 
 
-_tied.defjvp(lambda primals, tangents: (_tied(*primals), tangents[0]))
+_linked.defjvp(lambda primals, tangents: (_linked(*primals), tangents[0]))
 
 
-def _lowered(_: Any, x: Any, old: Any) -> list[Any]:
-    group = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), next(_groups))
-    for value in (x, old):
-        sdy.ShardingGroupOp(value, group)
-    return [x]
+def _lowered(_: Any, new: Any, old: Any, *, group: int) -> list[Any]:
+    of_group = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), group)
+    for value in (new, old):
+        sdy.ShardingGroupOp(value, of_group)
+    return [new]
 
 
 # What jax.experimental.shard_alike was, which jax 0.12 no longer has.
 _alike, _groups = Primitive("alike"), itertools.count(2**32)
-_alike.def_impl(lambda x, _: x)
-_alike.def_abstract_eval(lambda x, _: x)
-batching.primitive_batchers[_alike] = lambda args, axes: (
-    (_alike.bind(*args) if axes[0] == axes[1] else args[0]),
+_alike.def_impl(lambda new, *_, **__: new)
+_alike.def_abstract_eval(lambda new, *_, **__: new)
+batching.primitive_batchers[_alike] = lambda args, axes, group: (
+    (_alike.bind(*args, group=group) if axes[0] == axes[1] else args[0]),
     axes[0],
 )
 mlir.register_lowering(_alike, _lowered)

@@ -167,8 +167,7 @@ class _Target(Generic[P]):
 
         def moved(n: Any, slow: Any) -> Any:
             static = {"step_size": settings.step_size, "averaged": settings.averaged}
-            online, static["placed"] = self._placed(online_params)
-            return rules.named(move, online, *slow, state.step_size, n, names=_NAMES, **static)
+            return self._moved(move, online_params, slow, state.step_size, n, **static)
 
         _refuse("update", step)
         slow = state.params, state.compensation, state.skipped
@@ -211,10 +210,8 @@ class _Target(Generic[P]):
           {'w': Array([1., 1.], dtype=float32)}
         """
         move, state = self._compiled("sync"), self._state
-        online, placed = self._placed(online_params)
-        params, compensation, _ = rules.named(
-            move, online, state.params, state.compensation, names=_NAMES, averaged=False, placed=placed
-        )
+        slow = state.params, state.compensation, None
+        params, compensation, _ = self._moved(move, online_params, slow, averaged=False)
         self._state = state._replace(params=params, compensation=compensation)
         self._matched = True
         return self
@@ -252,6 +249,14 @@ class _Target(Generic[P]):
                 "of a loss, take the gradient first and update the target outside."
             )
         return _MOVE[self._settings.donate and self._trace == _EAGER]
+
+    def _moved(self, move: Any, online: Any, slow: Any, *args: Any, **static: Any) -> Any:
+        """The slow copy, its compensation and the count of skipped averagings after a move."""
+        online, placed = self._placed(online)
+        after = rules.named(move, online, *slow, *args, names=_NAMES, placed=placed, **static)
+        if self._trace == _EAGER or jax.device_count() == 1:
+            return after
+        return *rules.alike(after[:2], slow[:2]), after[2]
 
     def _placed(self, online: Any) -> tuple[Any, tuple[Any, ...] | None]:
         """The online parameters on the slow copy's devices, and how that is sharded, if it is known."""

@@ -107,6 +107,30 @@ def test_it_stays_and_is_right(axes: AxisType, layout: str, kind: str, method: s
 
 
 @several
+@pytest.mark.parametrize("kind", ["ema, everything", "ema, period", "periodic"])
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_of_one_shape_each_stays_where_it_is(axes: AxisType, kind: str) -> None:
+    mesh = mesh_of(axes)
+    weights = {name: np.linspace(-1, 1, 16, dtype=np.float32) for name in ("w", "half", "n")}
+    place = {"w": SHARDED, "half": REPLICATED, "n": SHARDED}
+    mixed = {name: put(x, mesh, place[name]) for name, x in weights.items()}
+    starts = mixed, put(weights, mesh, SHARDED), put(weights, mesh, REPLICATED)
+
+    @jax.jit
+    def train(targets: Any, online: Any) -> Any:
+        online = jax.tree.map(lambda x: 2 * x, online)  # XLA says where these are
+        return [target.update(online) for target in targets]
+
+    for online in starts:
+        targets = [TARGETS[kind](start, False) for start in starts]
+        for _ in range(2):
+            targets = train(targets, online)
+        for target, start in zip(targets, starts, strict=True):
+            assert_placed(target, start)
+            assert_same(jax.device_get(target.params), jax.device_get(targets[0].params))
+
+
+@several
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "copy replicated" not in name])
 def test_where_the_online_side_matches_or_is_replicated_nothing_is_communicated(
