@@ -162,7 +162,7 @@ def average(new: jax.Array, old: jax.Array, step_size: ArrayLike) -> jax.Array:
         parts = ((jnp.real(new), jnp.real(old)), (jnp.imag(new), jnp.imag(old)))
         return lax.complex(*(average(x, y, step_size) for x, y in parts))
     dtype = _arithmetic(new.dtype, old.dtype)
-    near, far, weight = _ends(new.astype(dtype), old.astype(dtype), step_size, dtype)
+    near, far, weight = _ends(_cast(new, dtype), _cast(old, dtype), step_size, dtype)
     return _where(weight == 0, jnp.copy(near), _between(near, far, weight)).astype(old.dtype)
 
 
@@ -183,8 +183,8 @@ def compensated(
         )
         return lax.complex(reals[0], imaginaries[0]), lax.complex(reals[1], imaginaries[1])
     dtype = _arithmetic(new.dtype, old.dtype)
-    online = new.astype(dtype), jnp.zeros_like(new, dtype)
-    slow = old.astype(dtype), error.astype(dtype)
+    online = _cast(new, dtype), jnp.zeros_like(new, dtype)
+    slow = _cast(old, dtype), _cast(error, dtype)
     near, far, weight = _ends(online, slow, step_size, dtype)
     ends = jax.tree.map(jnp.copy, near)  # that the result shares nothing even where nothing is compiled
     value, left = _where(weight == 0, ends, _exactly_between(near, far, weight, old.dtype))
@@ -281,13 +281,13 @@ def once_a_shape(rule: Callable[..., Any], step_size: Any) -> Callable[..., Any]
 def copy(new: jax.Array, old: jax.Array) -> jax.Array:
     """The new value in the dtype of `old`, strongly typed: a copy, also where nothing is compiled."""
     same = new.dtype == old.dtype and not getattr(new, "weak_type", False)
-    return jnp.copy(new) if same else lax.convert_element_type(new, old.dtype)
+    return jnp.copy(new) if same else lax.convert_element_type(_cast(new, old.dtype), old.dtype)
 
 
 def difference(new: jax.Array, old: jax.Array, error: jax.Array | None = None) -> jax.Array:
     """How far one leaf is from `old`, or from `old + error`, in at least float32."""
     dtype = _arithmetic(new.dtype, old.dtype)
-    gap = new.astype(dtype) - old.astype(dtype)
+    gap = _cast(new, dtype) - _cast(old, dtype)
     return gap if error is None else gap - error.astype(dtype)
 
 
@@ -315,6 +315,13 @@ def add(update: jax.Array, param: jax.Array) -> jax.Array:
     """The sum of one leaf, in the dtype of `param`; see `apply_updates`."""
     dtype = _arithmetic(update.dtype, param.dtype)
     return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """A value in another dtype, as it was rounded: within one program XLA may leave that out."""
+    if x.dtype == jnp.bfloat16 and jnp.issubdtype(dtype, jnp.inexact):
+        x = lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def widened(dtype: Any) -> Any:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.serialization import to_state_dict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from target_nets import incremental_update
+from target_nets import EMATarget, incremental_update
 
 LOW = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16]
 REAL = [*LOW, jnp.float32]
@@ -164,3 +165,29 @@ def test_a_bfloat16_average_moves_where_the_textbook_formula_stands_still() -> N
         return jax.lax.scan(lambda t, _: (t.update(online), None), target, length=10_000)[0]
 
     assert run(target).params["w"].tolist() == [1.5] * 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"compensated": True}, {"accumulator_dtype": jnp.bfloat16}])
+def test_bfloat16_made_in_the_same_program_counts_as_it_was_rounded(settings: Any) -> None:
+    x = jnp.linspace(-1, 1, 64, dtype=jnp.bfloat16)
+
+    def trained(x: jax.Array) -> jax.Array:
+        return x + x * x * jnp.bfloat16(0.33)
+
+    @jax.jit
+    def step(x: jax.Array, target: Any, copied: Any) -> tuple[Any, Any, Any, Any]:
+        x = trained(x)
+        return x, target.update(x), copied.sync(x), copied.distance(x)
+
+    def fresh() -> tuple[Any, Any]:
+        return EMATarget(x, 0.3, **settings), EMATarget(x, 0.3, **settings)
+
+    online, target, copied, distance = step(x, *fresh())
+    expected, expected_copy = fresh()
+    assert bits(to_state_dict(target)["params"]) == bits(
+        to_state_dict(expected.update(online))["params"]
+    )
+    assert bits(to_state_dict(copied)["params"]) == bits(
+        to_state_dict(expected_copy.sync(online))["params"]
+    )
+    assert distance == 0
