@@ -82,29 +82,29 @@ def torch_makers() -> dict[str, Any]:
 
 def test_the_names_of_torch_and_ours_are_the_same_averages() -> None:
     names, torch = torch_makers(), pytest.importorskip("torch")
-    rows = re.findall(
-        r"^\| `((?:AveragedModel|ModelEmaV3|EMA|EMAModel)\(.*?\))`.*? \| `(.*?\))`(.*)", README, re.M
-    )
-    assert len(rows) == 7
-    online = np.random.default_rng(0).normal(1, 0.1, (100, 3)).astype(np.float32)
+    theirs = r"`((?:AveragedModel|ModelEmaV3|EMA|EMAModel)\(.*?\))`"
+    rows = re.findall(rf"^\| .*?{theirs}.*? \| `(.*?\))`(.*)", README, re.MULTILINE)
+    assert len(rows) == 8
+    online = np.random.default_rng(0).normal(1, 0.1, (300, 3)).astype(np.float32)
     for theirs, ours, note in rows:
         model = torch.nn.Linear(3, 1, bias=False)
         model.weight.data[0] = torch.zeros(3)
         slow = eval(theirs, {**names, "model": model})
         target = eval(ours, {"EMATarget": EMATarget, "schedules": schedules, "params": np.zeros(3)})
+        late = re.search(r"made after (\d+)", note)
         for n, x in enumerate(online):
             model.weight.data[0] = torch.tensor(x)
-            if hasattr(slow, "update_parameters"):
+            if theirs.startswith("AveragedModel"):
                 slow.update_parameters(model)
-            elif hasattr(slow, "step") and callable(slow.step):
+            elif theirs.startswith("EMAModel"):
                 slow.step(model.parameters())
-            elif "use_warmup" in theirs:
-                slow.update(model, step=n + 1)
+            elif theirs.startswith("EMA("):
+                slow.update()
             else:
-                slow.update(*() if hasattr(slow, "ema_model") else (model,))
-            if n == 0 and "target.sync" in note:
+                slow.update(model, **({"step": n + 1} if "use_warmup" in theirs else {}))
+            if "target.sync" in note and n == 0:
                 target.sync(x)
-            else:
+            elif late is None or n >= int(late[1]):
                 target.update(x)
         module = getattr(slow, "module", getattr(slow, "ema_model", None))
         expected = slow.shadow_params[0] if module is None else module.weight
