@@ -1,5 +1,10 @@
 """Parameter trees of every kind that a project may hold, and how to move one along."""
 
+import os
+
+# One thread of BLAS: those of several test processes, waiting for each other, take twice as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import contextlib
 import functools
 import logging
