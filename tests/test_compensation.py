@@ -284,7 +284,7 @@ for t in (target, jax.jit(lambda t, p: t.sync(p))(target, params)):
 
 
 def test_a_sync_keeps_it_where_it_was_put() -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     subprocess.run([sys.executable, "-c", SHARDED_SYNC], check=True, env=environment)
 
 

@@ -22,7 +22,7 @@ SECONDS = 60  # after these whatever still runs is killed
 @contextmanager
 def running(folder: Path, *commands: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Workers beside each other, none of which outlives the block; they write to a log each."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     program = [sys.executable, "-W", "error", worker.__file__, "--folder", str(folder)]
     workers = []
     try:
