@@ -193,7 +193,7 @@ class _Sum:
             x if rules.is_key(x) else np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in types
         ]
         self.template = treedef.unflatten(hollow)
-        self.placements = [x.sharding if getattr(x, "committed", False) else None for x in leaves]
+        self.placements = [rules.placement(x) for x in leaves]
         self.leaves = [np.zeros(x.shape, wide) if (wide := _wide(x.dtype)) else x for x in hollow]
 
     def cast(self) -> Any:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
@@ -412,6 +413,14 @@ batching.primitive_batchers[_alike] = lambda args, axes, group: (
 mlir.register_lowering(_alike, _lowered)
 
 
+def placement(x: Any) -> Any:
+    """Where an array was put, or is to be; None where jax chooses, as while tracing."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding
+    concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    return x.sharding if concrete and x.committed else None
+
+
 def shardings(tree: Any) -> tuple[Any, ...] | None:
     """How the arrays of a tree are sharded, leaf by leaf; None where none is."""
     of = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
@@ -425,10 +434,10 @@ def onto(new: Tree, old: Any) -> Tree:
         return new  # the rule says where
 
     def moved(x: Any, y: Any) -> Any:
-        if not all(isinstance(array, jax.Array) and array.committed for array in (x, y)):
+        here, there = placement(x), placement(y)
+        if here is None or there is None or here.device_set == there.device_set:
             return x
-        apart = x.sharding.device_set != y.sharding.device_set
-        return jax.device_put(x, y.sharding.with_memory_kind("device")) if apart else x
+        return jax.device_put(x, there.with_memory_kind("device"))
 
     return jax.tree.map(moved, new, old)
 

@@ -57,8 +57,8 @@ def _from_state_dict(target: Target, saved: Any) -> Target:
         )
         for name, template in templates.items()
     }
-    if _placement(templates.get("skipped")) is not None:
-        restored["skipped"] = jax.device_put(restored["skipped"], _placement(templates["skipped"]))
+    if placement := rules.placement(templates.get("skipped")):
+        restored["skipped"] = jax.device_put(restored["skipped"], placement)
     return target._replaced(**restored)
 
 
@@ -129,7 +129,7 @@ def _restored_leaf(leaf: Any, saved: Any, path: str) -> Any:
     ):
         expected = f"{wanted.dtype}{list(wanted.shape)}, or a dtype that fits into it"
         raise ValueError(f"{path}: expected {expected}, got {rules.describe(got)}")
-    restored = jax.device_put(got.astype(wanted.dtype), _placement(leaf), may_alias=False)
+    restored = jax.device_put(got.astype(wanted.dtype), rules.placement(leaf), may_alias=False)
     if rules.is_key(leaf):
         return jax.random.wrap_key_data(restored, impl=_implementation(leaf))
     return restored
@@ -144,13 +144,6 @@ def _implementation(key: Any) -> Any:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
-
-
-def _placement(leaf: Any) -> Any:
-    """Where an array was put, or is to be; None where jax chooses."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf.sharding
-    return leaf.sharding if getattr(leaf, "committed", False) else None
 
 
 def _restored_count(template: Any, saved: Any, path: str) -> np.ndarray[Any, Any]:

@@ -295,7 +295,7 @@ class _Target(Generic[P]):
     def _replaced(self, **saved: Any) -> Self:
         """A new target with the same settings."""
         step_size = self._state.step_size
-        if isinstance(step_size, jax.Array) and not isinstance(step_size, Tracer):
+        if isinstance(step_size, jax.Array):
             step_size = _own(step_size)
         return _made(type(self), self._settings, _State(**saved, step_size=step_size))
 
@@ -625,8 +625,7 @@ def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any
 def _counter(slow: Any) -> Any:
     """A counter that begins where updates will leave it: beside the slow copy, if that was placed."""
     for x in jax.tree.leaves(slow):
-        if _was_put(x):
-            sharding = x.sharding
+        if sharding := rules.placement(x):
             if isinstance(sharding, NamedSharding):
                 sharding = NamedSharding(sharding.mesh, PartitionSpec())
             return jax.device_put(_on_host(0), sharding)
@@ -663,13 +662,7 @@ def _own(tree: P) -> P:
     """A copy in memory of its own, where the arrays are placed."""
     tree = rules.own_numpy(tree)
     # Of arrays whose parts are in several processes, jax must be told the place.
-    places = jax.tree.map(lambda x: x.sharding if _was_put(x) else None, tree)
-    return jax.device_put(tree, places, may_alias=False)
-
-
-def _was_put(x: Any) -> bool:
-    """Whether an array was placed by somebody, so that jax does not move it."""
-    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+    return jax.device_put(tree, jax.tree.map(rules.placement, tree), may_alias=False)
 
 
 def _begun(params: Any, dtypes: list[Any]) -> Any:

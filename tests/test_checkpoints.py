@@ -171,6 +171,17 @@ def test_a_population() -> None:
         serialization.from_state_dict(targets, {**serialization.to_state_dict(moved_on), "step": 3})
 
 
+def test_inside_jit() -> None:
+    @jax.jit
+    def resume(params: Any, step_size: Any) -> Any:
+        template = EMATarget(params, step_size, skip_nonfinite=True)
+        return serialization.from_state_dict(template, {"step": 3, "skipped": 1, "params": params})
+
+    target = resume({"w": jnp.ones(2)}, 0.5).update({"w": jnp.zeros(2)})
+    assert (target.step, target.skipped) == (4, 1)
+    assert_same(target.params, {"w": jnp.full(2, 0.5)})
+
+
 def test_an_abstract_template() -> None:
     target = EMATarget({"w": jnp.ones(2)}, 0.3).update({"w": jnp.zeros(2)})
     template = jax.eval_shape(lambda: EMATarget({"w": jnp.ones(2)}, 0.3))
