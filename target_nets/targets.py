@@ -383,7 +383,7 @@ class EMATarget(_Target[P]):
         settings = _Settings(
             update_period=update_period,
             donate=donate,
-            averaged=averaged,
+            averaged=all(averaged) or averaged,
             step_size=fixed,
             swept=array is not None,
             dtypes=None if held == dtypes else tuple(dtypes),
@@ -578,26 +578,25 @@ def _dtypes(params: Any) -> list[Any]:
     return [aval.dtype for aval in rules.array_types(params, "params")]
 
 
-def _resolved(mask: Mask, params: Any) -> bool | tuple[bool, ...]:
-    """Which leaves to average, a boolean each, or True for all."""
+def _resolved(mask: Mask, params: Any) -> tuple[bool, ...]:
+    """Which leaves to average, a boolean each."""
     if mask is None:
-        return True
-    if callable(mask) and rules.is_leaf(mask):  # a Module of booleans is callable, too
+        mask = True
+    elif callable(mask) and rules.is_leaf(mask):  # a Module of booleans is callable, too
         mask = mask(params)
 
     def spread(path: rules.Path, value: Any, branch: Any) -> Any:
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"mask{keystr(path)}: expected a boolean, got {rules.describe(value)}")
-        return jax.tree.map(lambda _: bool(value), branch)
+        return [bool(value)] * jax.tree.structure(branch).num_leaves
 
     try:
-        averaged = tuple(jax.tree.leaves(tree_map_with_path(spread, mask, params)))
+        return tuple(jax.tree.leaves(tree_map_with_path(spread, mask, params)))
     except ValueError as error:
         raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
-    return all(averaged) or averaged
 
 
-def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any) -> list[Any]:
+def _held(dtypes: list[Any], averaged: tuple[bool, ...], accumulator: Any) -> list[Any]:
     """The dtypes that the slow copy is held in."""
     if accumulator is not None:
         try:
@@ -618,8 +617,7 @@ def _held(dtypes: list[Any], averaged: bool | tuple[bool, ...], accumulator: Any
             return jnp.dtype(jnp.complex128 if accumulator.itemsize == 8 else jnp.complex64)
         return accumulator
 
-    which = averaged if isinstance(averaged, tuple) else [averaged] * len(dtypes)
-    return [held(dtype) if average else dtype for dtype, average in zip(dtypes, which, strict=True)]
+    return [held(dtype) if average else dtype for dtype, average in zip(dtypes, averaged, strict=True)]
 
 
 def _counter(slow: Any) -> Any:
@@ -632,14 +630,13 @@ def _counter(slow: Any) -> Any:
     return _on_host(0)
 
 
-def _no_errors(slow: Any, averaged: bool | tuple[bool, ...]) -> Any:
+def _no_errors(slow: Any, averaged: tuple[bool, ...]) -> Any:
     """The compensation to start with: zeros for the leaves that are averaged, None for the others."""
     leaves, treedef = jax.tree.flatten(slow)
-    which = averaged if isinstance(averaged, tuple) else [averaged] * len(leaves)
     return treedef.unflatten(
         [
             jnp.zeros_like(x) if average and jnp.issubdtype(x.dtype, jnp.inexact) else None
-            for x, average in zip(leaves, which, strict=True)
+            for x, average in zip(leaves, averaged, strict=True)
         ]
     )
 
