@@ -33,6 +33,8 @@ Path: TypeAlias = tuple[Any, ...]  # of jax's keys
 Names: TypeAlias = tuple[str, str]  # what the caller calls the new and the old tree
 
 INT32_MAX = 2**31 - 1
+_TENSORS: Names = ("new_tensors", "old_tensors")
+_UPDATES: Names = ("updates", "params")
 _CONFIG: Any = jax.config  # jax's annotations know none of its settings
 _BOOL, _INTEGER, _FLOAT, _COMPLEX, _KEY = range(5)  # kinds of leaves, narrow to wide
 
@@ -60,8 +62,7 @@ def apply_updates(params: Tree, updates: Any) -> Tree:
       >>> target_nets.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
       {'w': Array([1.5, 1.5], dtype=float32)}
     """
-    names = ("updates", "params")
-    return named(_add_trees, _prune(updates, params), own_numpy(params), names=names)
+    return named(_add_trees, _prune(updates, params), own_numpy(params), names=_UPDATES)
 
 
 def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLike) -> Tree:
@@ -99,9 +100,8 @@ def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLik
       {'w': Array([0.25, 0.5 ], dtype=float32)}
     """
     step_size = check_step_size(step_size)
-    names = ("new_tensors", "old_tensors")
     old_tensors = own_numpy(_prune(old_tensors, new_tensors))
-    return named(_average_trees, new_tensors, old_tensors, step_size, names=names)
+    return named(_average_trees, new_tensors, old_tensors, step_size, names=_TENSORS)
 
 
 def periodic_update(
@@ -143,13 +143,13 @@ def periodic_update(
     """
     steps = _check_integer("steps", steps)
     update_period = check_update_period(update_period)
-    names = ("new_tensors", "old_tensors")
     if isinstance(steps, int) and isinstance(update_period, int):
         if steps % update_period == 0:
-            return named(_copy_trees, new_tensors, own_numpy(old_tensors), names=names)
-        match(new_tensors, old_tensors, names)
+            return named(_copy_trees, new_tensors, own_numpy(old_tensors), names=_TENSORS)
+        match(new_tensors, old_tensors, _TENSORS)
         return old_tensors
-    return named(_choose_trees, new_tensors, own_numpy(old_tensors), steps, update_period, names=names)
+    old_tensors = own_numpy(old_tensors)
+    return named(_choose_trees, new_tensors, old_tensors, steps, update_period, names=_TENSORS)
 
 
 # The arithmetic, leaf by leaf
@@ -447,14 +447,14 @@ def onto(new: Tree, old: Any) -> Tree:
 
 @partial(jax.jit, inline=True)
 def _average_trees(new: Tree, old: Tree, step_size: ArrayLike) -> Tree:
-    pairs, treedef = match(new, old, ("new_tensors", "old_tensors"))
+    pairs, treedef = match(new, old, _TENSORS)
     leaf = once_a_shape(average, step_size)
     return treedef.unflatten([leaf(x, y) for x, y in pairs])
 
 
 @partial(jax.jit, inline=True)
 def _copy_trees(new: Tree, old: Tree) -> Tree:
-    pairs, treedef = match(new, old, ("new_tensors", "old_tensors"))
+    pairs, treedef = match(new, old, _TENSORS)
     return treedef.unflatten([copy(x, y) for x, y in pairs])
 
 
@@ -466,7 +466,7 @@ def _choose_trees(new: Tree, old: Tree, steps: jax.Array, update_period: jax.Arr
 
 @partial(jax.jit, inline=True)
 def _add_trees(updates: Any, params: Tree) -> Tree:
-    pairs, treedef = match(updates, params, ("updates", "params"))
+    pairs, treedef = match(updates, params, _UPDATES)
     for index, (_, param) in enumerate(pairs):
         if is_key(param):
             raise TypeError(f"updates{_path(updates, index)}: a PRNG key takes no update")
