@@ -177,9 +177,9 @@ class _Target(Generic[P]):
             slow = due(slow) if period == 1 else lax.cond(step % period == 0, due, lambda x: x, slow)
         else:
             count = _next(int(step), period)  # after jit this waits for the step, once
-            step = _on_host(count)
+            step = _int32(count)
             if count % period == 0:
-                n = _on_host(count // period - 1) if callable(settings.step_size) else None
+                n = _int32(count // period - 1) if callable(settings.step_size) else None
                 slow = moved(n, slow)
             elif not self._matched:
                 rules.match(online_params, state.params, _NAMES)
@@ -393,7 +393,7 @@ class EMATarget(_Target[P]):
         slow = _begun(params, held)
         state = _State(
             params=slow,
-            step=_on_host(0),
+            step=_int32(0),
             skipped=_counter(slow) if skip_nonfinite else None,
             compensation=_no_errors(slow, averaged) if compensated else None,
             step_size=array,
@@ -414,7 +414,7 @@ class EMATarget(_Target[P]):
           >>> target.update({"w": float("nan")}).skipped
           Array(1, dtype=int32)
         """
-        return self._state.skipped if self._settings.skip_nonfinite else _on_host(0)
+        return self._state.skipped if self._settings.skip_nonfinite else _int32(0)
 
 
 @final
@@ -450,7 +450,7 @@ class PeriodicTarget(_Target[P]):
 
     def __init__(self, params: P, update_period: int, *, donate: bool = False) -> None:
         settings = _Settings(update_period=update_period, donate=donate, averaged=False)
-        self.__attrs_init__(settings, _State(_begun(params, _dtypes(params)), _on_host(0)))
+        self.__attrs_init__(settings, _State(_begun(params, _dtypes(params)), _int32(0)))
 
 
 # One update, compiled
@@ -539,8 +539,9 @@ def _refuse(method: str, step: Any) -> None:
         raise ValueError(f"{method}: a population, its step of shape {shape}; call it inside jax.vmap")
 
 
-def _on_host(step: int) -> np.ndarray:
-    array = np.array(step, np.int32)
+def _int32(count: int) -> np.ndarray:
+    """A count as an array on the host, which nobody can write to."""
+    array = np.array(count, np.int32)
     array.setflags(write=False)
     return array
 
@@ -626,8 +627,8 @@ def _counter(slow: Any) -> Any:
         if sharding := rules.placement(x):
             if isinstance(sharding, NamedSharding):
                 sharding = NamedSharding(sharding.mesh, PartitionSpec())
-            return jax.device_put(_on_host(0), sharding)
-    return _on_host(0)
+            return jax.device_put(_int32(0), sharding)
+    return _int32(0)
 
 
 def _no_errors(slow: Any, averaged: tuple[bool, ...]) -> Any:
