@@ -533,7 +533,7 @@ def _leaf_error(new: Any, old: Any) -> type[Exception] | None:
     new_kind, old_kind = kind(new.dtype), kind(old.dtype)
     if new_kind is None or old_kind is None or new_kind > old_kind:
         return TypeError
-    if old_kind == _KEY and new.dtype != old.dtype:  # no number, or a key of another implementation
+    if old_kind == _KEY and new.dtype != old.dtype:  # a number, or a key of another implementation
         return TypeError
     return ValueError if new.shape != old.shape else None
 
