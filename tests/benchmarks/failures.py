@@ -136,8 +136,8 @@ def other_shapes(library: Library) -> str:
 
 
 CASES = {
-    "bfloat16, 10,000 updates of 0.005 from 1 to 1.5": bfloat16_steps,
-    "float32, 10,000,000 updates of 1e-5 from 1 to 1.5": float32_drift,
+    "bfloat16, 10,000 updates at step size 0.005 from 1 to 1.5": bfloat16_steps,
+    "float32, 10,000,000 updates at 1e-5 from 1 to 1.5": float32_drift,
     "bfloat16 with a float32 step size": promotion,
     "an integer counter, from 10 to 15": counter,
     "a PRNG key, as in a model with Dropout": key,
@@ -161,7 +161,7 @@ def main() -> None:
         f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}", end=", "
     )
     print(f"optax {optax.__version__}, target_nets {target_nets.__version__}\n")
-    print("|", " | ".join(["", *LIBRARIES]), "|")
+    print("|", " | ".join(["what comes out of", *LIBRARIES]), "|")
     print("|---" * (1 + len(LIBRARIES)), "|", sep="")
     for name, case in CASES.items():
         print("|", " | ".join([name, *(outcome(case, x) for x in LIBRARIES.values())]), "|", flush=True)
