@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
 from jax.typing import ArrayLike, DTypeLike
@@ -43,7 +43,8 @@ Schedule = Callable[[jax.Array], ArrayLike]
 Mask = Any  # a tree prefix of booleans, or a callable of the parameters that returns one
 
 _NAMES = ("online_params", "the slow copy")
-_EAGER = _current_trace()  # a first import inside a traced function only forgoes donation
+with eval_context():  # for a first import inside a traced function
+    _EAGER = _current_trace()
 
 
 def _period(update_period: Any) -> int:

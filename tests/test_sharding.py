@@ -61,6 +61,25 @@ def test_on_virtual_devices() -> None:
     assert run.returncode == 0, run.stdout[-5000:]
 
 
+FIRST_IMPORTED_IN_JIT = """
+import jax, jax.numpy as jnp
+jax.jit(lambda x: __import__("target_nets") and x)(0)
+from target_nets import EMATarget
+here, there = jax.devices()
+target = EMATarget({"w": jax.device_put(jnp.zeros(4), here)}, 0.5, donate=True)
+before = target.params["w"]
+target.update({"w": jax.device_put(jnp.ones(4), there)})
+assert before.is_deleted()
+assert target.params["w"].devices() == {here}
+"""
+
+
+@pytest.mark.skipif(not ALONE, reason="runs once")
+def test_a_first_import_inside_jit_loses_nothing() -> None:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    subprocess.run([sys.executable, "-c", FIRST_IMPORTED_IN_JIT], check=True, env=environment)
+
+
 def mesh_of(axes: AxisType, devices: int = DEVICES) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), ("x",), (axes,), devices=jax.devices()[:devices])
 
