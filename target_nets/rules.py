@@ -402,7 +402,7 @@ def _lowered(_: Any, new: Any, old: Any, *, group: int) -> list[Any]:
     return [new]
 
 
-# What jax.experimental.shard_alike was, which jax 0.12 no longer has.
+# What jax.experimental.shard_alike was, which jax 0.12 no longer has. Its groups were counted from 0.
 _alike, _groups = Primitive("alike"), itertools.count(2**32)
 _alike.def_impl(lambda new, *_, **__: new)
 _alike.def_abstract_eval(lambda new, *_, **__: new)
