@@ -77,10 +77,6 @@ def _data(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if rules.is_key(leaf) else leaf
 
 
-for _class in (EMATarget, PeriodicTarget):
-    serialization.register_serialization_state(_class, _to_state_dict, _from_state_dict)
-
-
 def _nested(tree: Any) -> Any:
     """A tree as nested dicts with string keys, its leaves as they are.
 
@@ -164,3 +160,7 @@ def _check_keys(expected: dict[str, Any], saved: Any, path: str) -> None:
         raise ValueError(f"{path}/{missing[0]}: missing; the state holds {list(saved)}")
     if unexpected := [key for key in saved if key not in expected]:
         raise ValueError(f"{path}/{unexpected[0]}: unexpected; the target holds {list(expected)}")
+
+
+for _class in (EMATarget, PeriodicTarget):
+    serialization.register_serialization_state(_class, _to_state_dict, _from_state_dict)
