@@ -211,6 +211,7 @@ class _Target(Generic[P]):
           {'w': Array([1., 1.], dtype=float32)}
         """
         move, state = self._compiled("sync"), self._state
+        _refuse("sync", state.step)
         slow = state.params, state.compensation, None
         params, compensation, _ = self._moved(move, online_params, slow, averaged=False)
         self._state = state._replace(params=params, compensation=compensation)
@@ -535,7 +536,7 @@ def _refuse(method: str, step: Any) -> None:
     """Says what is to be done with a target that is not one target of arrays."""
     if isinstance(step, jax.ShapeDtypeStruct):
         raise TypeError(f"{method}: this target is abstract, from jax.eval_shape; restore it first")
-    if np.ndim(step):
+    if np.ndim(step) and method != "sync":  # a copy of all is a copy of each
         shape = list(np.shape(step))
         raise ValueError(f"{method}: a population, its step of shape {shape}; call it inside jax.vmap")
 

@@ -346,6 +346,6 @@ def test_nnx_states_that_do_not_fit_are_named_by_path() -> None:
 @pytest.mark.parametrize("make", TARGETS.values(), ids=TARGETS)
 def test_an_abstract_target_is_to_be_restored_first(make: Callable[[], Any]) -> None:
     abstract = jax.eval_shape(make)
-    for method in ("update", "distance"):
+    for method in ("update", "sync", "distance"):
         with pytest.raises(TypeError, match=f"^{method}: this target is abstract, .* restore it first"):
             getattr(abstract, method)(ONLINE)
