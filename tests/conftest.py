@@ -32,6 +32,12 @@ import target_nets
 PACKAGE = str(Path(target_nets.__file__).parent)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Of several processes, one that is done takes tests over from another: the longest ones are few."""
+    if config.getoption("dist", None) == "load":
+        config.option.dist = "worksteal"
+
+
 class Pair(NamedTuple):
     kernel: Any
     bias: Any

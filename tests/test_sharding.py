@@ -34,7 +34,6 @@ LAYOUTS = {  # of the online parameters and of the slow copy
     "both sharded": (SHARDED, SHARDED, "device"),
     "slow copy sharded": (REPLICATED, SHARDED, "device"),
     "slow copy replicated": (SHARDED, REPLICATED, "device"),
-    "both replicated": (REPLICATED, REPLICATED, "device"),
     "both sharded, slow copy on the host": (SHARDED, SHARDED, "pinned_host"),
     "slow copy sharded, on the host": (REPLICATED, SHARDED, "pinned_host"),
 }
