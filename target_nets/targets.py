@@ -636,9 +636,16 @@ def _counter(slow: Any) -> Any:
 def _no_errors(slow: Any, averaged: tuple[bool, ...]) -> Any:
     """The compensation to start with: zeros for the leaves that are averaged, None for the others."""
     leaves, treedef = jax.tree.flatten(slow)
+    alone = jax.device_count() == 1 or _current_trace() == _EAGER
+
+    def zeros(x: Any) -> Any:
+        if alone:
+            return jnp.zeros_like(x)
+        return rules.alike(rules.kept(lambda zeros, *_: zeros, jnp.zeros_like(x), (x, None)), x)
+
     return treedef.unflatten(
         [
-            jnp.zeros_like(x) if average and jnp.issubdtype(x.dtype, jnp.inexact) else None
+            zeros(x) if average and jnp.issubdtype(x.dtype, jnp.inexact) else None
             for x, average in zip(leaves, averaged, strict=True)
         ]
     )
