@@ -8,7 +8,6 @@ exactly, and no result shares memory with the online tensors.
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -376,8 +375,7 @@ def _on_host(x: Any) -> bool:
 def alike(new: Tree, old: Tree) -> Tree:
     """The new arrays, each so linked to the old one that XLA shards both alike, on Auto axes.
 
-    Made where it is traced, not inside of a compiled function, whose calls would share the link, and so
-    would all be linked.
+    Not made inside of a compiled function, whose calls would share the link, and so would all be linked.
     """
     return jax.tree.map(_linked, new, old)
 
@@ -389,28 +387,42 @@ def _linked(new: jax.Array, old: jax.Array) -> jax.Array:
     if not _on_host(old):  # a copy is the online array itself, which may be elsewhere
         never = lax.broadcast(lax.optimization_barrier(jnp.bool_(False)), new.shape)
         new = lax.select(never, old, new)
-    return _alike.bind(new, old, group=next(_groups))
+    return _alike.bind(new, old)
 
 
 _linked.defjvp(lambda primals, tangents: (_linked(*primals), tangents[0]))
 
 
-def _lowered(_: Any, new: Any, old: Any, *, group: int) -> list[Any]:
+def _eager(new: Any, old: Any) -> Any:
+    there = placement(old)
+    return new if there is None else jax.device_put(new, there)
+
+
+def _batched(args: Any, axes: Any) -> tuple[Any, Any]:
+    (new, old), (here, there) = args, axes
+    if None in axes:  # not a slow copy each
+        return new, here
+    return _alike.bind(jnp.moveaxis(new, here, there), old), there
+
+
+def _lowered(context: Any, new: Any, old: Any) -> list[Any]:
+    if not _CONFIG.jax_use_shardy_partitioner:
+        return [new]
+    # Numbered in each module anew, so that a program is the same, and found in the compilation cache,
+    # whatever was traced before.
+    group = 2**32 + context.module_context.new_channel()  # others are counted from 0
     of_group = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), group)
     for value in (new, old):
         sdy.ShardingGroupOp(value, of_group)
     return [new]
 
 
-# What jax.experimental.shard_alike was, which jax 0.12 no longer has. Its groups were counted from 0.
-_alike, _groups = Primitive("alike"), itertools.count(2**32)
-_alike.def_impl(lambda new, *_, **__: new)
-_alike.def_abstract_eval(lambda new, *_, **__: new)
-batching.primitive_batchers[_alike] = lambda args, axes, group: (
-    (_alike.bind(*args, group=group) if axes[0] == axes[1] else args[0]),
-    axes[0],
-)
-mlir.register_lowering(_alike, _lowered)
+# What jax.experimental.shard_alike was, which jax 0.12 no longer has.
+_alike = Primitive("alike")
+_alike.def_impl(_eager)
+_alike.def_abstract_eval(lambda new, _: new)
+batching.primitive_batchers[_alike] = _batched
+mlir.register_lowering(_alike, _lowered, cacheable=False)
 
 
 def placement(x: Any) -> Any:
@@ -428,6 +440,16 @@ def shardings(tree: Any) -> tuple[Any, ...] | None:
     return named if any(named) else None
 
 
+def _mixes(here: Any, there: Any) -> bool:
+    """Whether jit takes arrays of both: of the same devices, in one order, on no Explicit axes but these."""
+    if not (isinstance(here, NamedSharding) and isinstance(there, NamedSharding)):
+        return here.device_set == there.device_set
+    explicit = AxisType.Explicit in here.mesh.axis_types
+    return here.mesh == there.mesh or (
+        not explicit and list(here.mesh.devices.flat) == list(there.mesh.devices.flat)
+    )
+
+
 def onto(new: Tree, old: Any) -> Tree:
     """The tree with those of its arrays moved that are on other devices, which jit would not mix."""
     if jax.tree.structure(new) != jax.tree.structure(old):
@@ -435,7 +457,7 @@ def onto(new: Tree, old: Any) -> Tree:
 
     def moved(x: Any, y: Any) -> Any:
         here, there = placement(x), placement(y)
-        if here is None or there is None or here.device_set == there.device_set:
+        if here is None or there is None or _mixes(here, there):
             return x
         return jax.device_put(x, there.with_memory_kind("device"))
 
