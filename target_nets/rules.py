@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
@@ -353,9 +353,17 @@ def beside(new: Any, held: tuple[Any, Any], sharding: Any = None) -> tuple[Any, 
     place = jax.typeof(held[0]).sharding
     if AxisType.Explicit in place.mesh.axis_types:
         new = new if jax.typeof(new).sharding == place else jax.sharding.reshard(new, place)
-    elif sharding is not None:
-        new = lax.with_sharding_constraint(new, sharding.with_memory_kind("device"))
+    if sharding is not None and AxisType.Auto in sharding.mesh.axis_types:
+        new = lax.with_sharding_constraint(new, _on_auto_axes(sharding))
     return new, on_device(held)
+
+
+def _on_auto_axes(sharding: NamedSharding) -> NamedSharding:
+    """The sharding in device memory, without the Explicit axes of its mesh."""
+    auto = {n for n, t in zip(sharding.mesh.axis_names, sharding.mesh.axis_types) if t == AxisType.Auto}
+    named = (entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec)
+    spec = PartitionSpec(*(tuple(name for name in names if name in auto) for names in named))
+    return NamedSharding(sharding.mesh, spec, memory_kind="device")
 
 
 def on_device(held: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -382,11 +390,11 @@ def alike(new: Tree, old: Tree) -> Tree:
 
 @jax.custom_jvp
 def _linked(new: jax.Array, old: jax.Array) -> jax.Array:
-    if not set(jax.typeof(old).sharding.mesh.axis_types) <= {AxisType.Auto}:
+    axes = jax.typeof(old).sharding.mesh.axis_types
+    if axes and (AxisType.Auto not in axes or AxisType.Manual in axes):
         return new
     if not _on_host(old):  # a copy is the online array itself, which may be elsewhere
-        never = lax.broadcast(lax.optimization_barrier(jnp.bool_(False)), new.shape)
-        new = lax.select(never, old, new)
+        new = lax.select(lax.optimization_barrier(jnp.bool_(False)), old, new)
     return _alike.bind(new, old)
 
 
