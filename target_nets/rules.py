@@ -360,10 +360,12 @@ def beside(new: Any, held: tuple[Any, Any], sharding: Any = None) -> tuple[Any, 
 
 def _on_auto_axes(sharding: NamedSharding) -> NamedSharding:
     """The sharding in device memory, without the Explicit axes of its mesh."""
-    auto = {n for n, t in zip(sharding.mesh.axis_names, sharding.mesh.axis_types) if t == AxisType.Auto}
+    mesh = sharding.mesh
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = {name for name, axis_type in types if axis_type == AxisType.Auto}
     named = (entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec)
     spec = PartitionSpec(*(tuple(name for name in names if name in auto) for names in named))
-    return NamedSharding(sharding.mesh, spec, memory_kind="device")
+    return NamedSharding(mesh, spec, memory_kind="device")
 
 
 def on_device(held: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -414,7 +416,7 @@ def _batched(args: Any, axes: Any) -> tuple[Any, Any]:
 
 
 def _lowered(context: Any, new: Any, old: Any) -> list[Any]:
-    if not _CONFIG.jax_use_shardy_partitioner:
+    if not getattr(_CONFIG, "jax_use_shardy_partitioner", True):
         return [new]
     # Numbered in each module anew, so that a program is the same, and found in the compilation cache,
     # whatever was traced before.
@@ -449,13 +451,12 @@ def shardings(tree: Any) -> tuple[Any, ...] | None:
 
 
 def _mixes(here: Any, there: Any) -> bool:
-    """Whether jit takes arrays of both: of the same devices, in one order, on no Explicit axes but these."""
+    """Whether jit takes arrays of both: of the same devices in one order, on no other Explicit axes."""
     if not (isinstance(here, NamedSharding) and isinstance(there, NamedSharding)):
         return here.device_set == there.device_set
-    explicit = AxisType.Explicit in here.mesh.axis_types
-    return here.mesh == there.mesh or (
-        not explicit and list(here.mesh.devices.flat) == list(there.mesh.devices.flat)
-    )
+    meshes: list[Any] = [here.mesh, there.mesh]
+    one_order = [*meshes[0].devices.flat] == [*meshes[1].devices.flat]
+    return meshes[0] == meshes[1] or (one_order and AxisType.Explicit not in meshes[0].axis_types)
 
 
 def onto(new: Tree, old: Any) -> Tree:

@@ -145,6 +145,61 @@ def test_of_one_shape_each_stays_where_it_is(kind: str) -> None:
 
 @several
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_a_compensation_made_inside_jit_is_where_the_slow_copy_is(axes: AxisType) -> None:
+    start = put(START["w"], mesh_of(axes), SHARDED)
+    target = jax.jit(lambda params: EMATarget(params, 0.3, compensated=True))(start)
+    assert serialization.to_state_dict(target)["compensation"].sharding.is_equivalent_to(
+        start.sharding, 2
+    )
+    assert collectives(lambda t, p: t.update(p), target, start) == set()
+
+
+@several
+def test_the_compiled_program_is_the_same_whatever_was_traced_before() -> None:
+    start = put(START, mesh_of(AxisType.Auto), SHARDED)
+
+    def text() -> str:
+        return jax.jit(lambda t, p: t.update(p)).lower(EMATarget(start, 0.3), start).as_text()
+
+    assert "sharding_group" in (first := text())
+    assert text() == first
+
+
+@several
+@pytest.mark.parametrize("method", ["update", "sync"])
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_online_parameters_on_the_same_devices_in_another_order(axes: AxisType, method: str) -> None:
+    back = jax.make_mesh((DEVICES,), ("x",), (axes,), devices=jax.devices()[DEVICES - 1 :: -1])
+    start = put(START, mesh_of(axes), SHARDED)
+    target = getattr(EMATarget(start, 0.3), method)(put(ONLINE, back, SHARDED))
+    assert_placed(target, start)
+    expected = getattr(EMATarget(START, 0.3), method)(ONLINE).params
+    assert_same(jax.device_get(target.params), jax.device_get(expected))
+
+
+@several
+def test_a_mesh_of_explicit_and_auto_axes() -> None:
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit, AxisType.Auto))
+    start = {"w": put(START["w"], mesh, P())}
+    online = {"w": put(ONLINE["w"], mesh, P("x", "y"))}
+    for update in (lambda t, p: t.update(p), jax.jit(lambda t, p: t.update(p))):
+        assert_placed(update(EMATarget(start, 0.3), online), start)
+
+
+@several
+@pytest.mark.parametrize("compiled", [jax.jit, lambda function: function])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_replicated_population_beside_sharded_parameters(axis: int, compiled: Any) -> None:
+    mesh = mesh_of(AxisType.Auto)
+    population = jax.vmap(lambda s: EMATarget(START["w"], s))(jnp.arange(4.0) / 4)
+    axes = jax.tree.map(lambda x: axis if x.ndim > 1 else 0, population)
+    population = put(jax.tree.map(lambda x, axis: jnp.moveaxis(x, 0, axis), population, axes), mesh, P())
+    update = compiled(jax.vmap(lambda t, p: t.update(p), in_axes=(axes, None), out_axes=axes))
+    assert_placed(update(population, put(ONLINE["w"], mesh, SHARDED)), population.params)
+
+
+@several
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "copy replicated" not in name])
 def test_where_the_online_side_matches_or_is_replicated_nothing_is_communicated(
     axes: AxisType, layout: str
