@@ -24,6 +24,7 @@ Example:
   EMATarget(step=1, step_size=0.5, update_period=1, arrays=1, parameters=2, bytes=8)
 """
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -96,22 +97,23 @@ def _nested(tree: Any) -> Any:
 
 def _restored_tree(template: Any, saved: Any, path: str) -> Any:
     leaves, treedef = jax.tree.flatten(template)
-    restored: dict[int, Any] = {}
-
-    def restore(names: Any, saved: Any, path: str) -> None:
-        if isinstance(names, dict):
-            _check_keys(names, saved, path)
-            for key, name in names.items():
-                restore(name, saved[key], f"{path}/{key}")
-        elif names is not None:
-            restored[int(names)] = _restored_leaf(leaves[int(names)], saved, path)
-        elif saved is not None:
-            raise ValueError(f"{path}: expected None, got {rules.describe(saved)}")
-
     # The template's own names, with the index of a leaf in its place (an array, so that nnx knows it).
     indices = [np.array(index) for index in range(len(leaves))]
-    restore(_nested(treedef.unflatten(indices)), saved, path)
+    names = _nested(treedef.unflatten(indices))
+    restored = dict(_restored_leaves(names, leaves, saved, path))
     return treedef.unflatten([restored[index] for index in range(len(leaves))])
+
+
+def _restored_leaves(names: Any, leaves: Any, saved: Any, path: str) -> Iterator[tuple[int, Any]]:
+    """The leaves with their indices; no closure that calls itself, which would outlive the call."""
+    if isinstance(names, dict):
+        _check_keys(names, saved, path)
+        for key, name in names.items():
+            yield from _restored_leaves(name, leaves, saved[key], f"{path}/{key}")
+    elif names is not None:
+        yield int(names), _restored_leaf(leaves[int(names)], saved, path)
+    elif saved is not None:
+        raise ValueError(f"{path}: expected None, got {rules.describe(saved)}")
 
 
 def _restored_leaf(leaf: Any, saved: Any, path: str) -> Any:

@@ -1,5 +1,7 @@
 """A target goes through `flax.serialization` and Orbax alone and within any state, to the bit."""
 
+import contextlib
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,6 +377,25 @@ def test_restoring_shares_no_step_size() -> None:
     jax.jit(lambda t: t.update({"w": jnp.zeros(4)}), donate_argnums=0)(first)
     for target in (second, template):
         assert_same(target.update({"w": jnp.zeros(4)}).params, {"w": jnp.full(4, 0.5)})
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_restoring_leaves_no_array_to_the_garbage_collector(fits: bool) -> None:
+    def restore() -> None:
+        template = EMATarget({"w": jnp.ones(4)}, 0.5)
+        saved = {"step": 3, "params": {"w": np.ones(4 if fits else 5, np.float32)}}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="w: expected"):
+            serialization.from_state_dict(template, saved)
+
+    restore()
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(jax.live_arrays())
+        restore()
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
 
 
 def test_placements_are_the_templates() -> None:
