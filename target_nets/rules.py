@@ -303,7 +303,9 @@ def all_finite(leaves: list[jax.Array]) -> jax.Array:
     """Whether no inexact leaf holds inf or nan."""
     inexact = [x.astype(widened(x.dtype)) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     # 0 times inf is nan. On CPUs a sum is faster than `all`, and `max` may lose a nan.
-    return jnp.all(jnp.array([jnp.sum(x * 0) == 0 for x in inexact], bool))
+    bad = jnp.array([jnp.sum(x * 0) != 0 for x in inexact], jnp.float32)
+    # A product, which XLA does not fuse: of small arrays it would put `all` into the loop of each.
+    return jnp.dot(bad, bad) == 0
 
 
 def zero_unless(finite: jax.Array, x: jax.Array) -> jax.Array:

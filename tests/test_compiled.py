@@ -64,3 +64,14 @@ def test_no_second_slow_copy_in_a_donated_update() -> None:
     if memory is not None:
         assert memory.temp_size_in_bytes < 1000
         assert memory.alias_size_in_bytes >= sum(x.nbytes for x in PARAMS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"compensated": True}])
+def test_the_program_that_skips_grows_with_the_number_of_arrays_not_its_square(settings: Any) -> None:
+    def lines(count: int) -> int:
+        params = [jnp.ones(1)] * count
+        target = EMATarget(params, 0.005, skip_nonfinite=True, **settings)
+        compiled = jax.jit(lambda t, p: t.update(p)).lower(target, params).compile()
+        return compiled.as_text().count("\n")
+
+    assert lines(32) < 2.5 * lines(16)
