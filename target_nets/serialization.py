@@ -70,12 +70,17 @@ def _saved(target: Target) -> dict[str, Any]:
 
 
 def _count(count: Any) -> Any:
-    """A counter as an integer; those of a whole population, or traced ones, as they are."""
-    return count if isinstance(count, Tracer) or np.ndim(count) else int(count)
+    """A counter as an integer; those of a whole population, traced or abstract ones as they are."""
+    if isinstance(count, Tracer | jax.ShapeDtypeStruct) or np.ndim(count):
+        return count
+    return int(count)
 
 
 def _data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if rules.is_key(leaf) else leaf
+    if not rules.is_key(leaf):
+        return leaf
+    abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jax.eval_shape(jax.random.key_data, leaf) if abstract else jax.random.key_data(leaf)
 
 
 def _nested(tree: Any) -> Any:

@@ -171,6 +171,10 @@ class _Target(Generic[P]):
             return self._moved(move, online_params, slow, state.step_size, n, **static)
 
         _refuse("update", step)
+        if isinstance(state.step_size, jax.ShapeDtypeStruct):
+            raise TypeError(
+                "update: the step size is abstract and was not saved; restore into a target with it"
+            )
         slow = state.params, state.compensation, state.skipped
         if isinstance(step, Tracer):
             step = _next(step, period)

@@ -379,6 +379,17 @@ def test_restoring_shares_no_step_size() -> None:
         assert_same(target.update({"w": jnp.zeros(4)}).params, {"w": jnp.full(4, 0.5)})
 
 
+def test_an_abstract_target_has_a_state_dict_of_the_same_names_and_shapes() -> None:
+    def make() -> Any:
+        params = {"w": jnp.ones(4), "key": jax.random.key(0)}
+        return EMATarget(params, 0.5, compensated=True, skip_nonfinite=True)
+
+    abstract = serialization.to_state_dict(jax.eval_shape(make))
+    concrete = serialization.to_state_dict(make())
+    assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
+    assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, concrete)
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_restoring_leaves_no_array_to_the_garbage_collector(fits: bool) -> None:
     def restore() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import assert_same, moved
 from flax import nnx
+from flax.serialization import from_bytes, to_bytes
 
 from target_nets import EMATarget, PeriodicTarget
 
@@ -349,3 +350,13 @@ def test_an_abstract_target_is_to_be_restored_first(make: Callable[[], Any]) -> 
     for method in ("update", "sync", "distance"):
         with pytest.raises(TypeError, match=f"^{method}: this target is abstract, .* restore it first"):
             getattr(abstract, method)(ONLINE)
+
+
+def test_an_abstract_step_size_is_not_restored() -> None:
+    def make() -> Any:
+        return EMATarget({"w": jnp.zeros(2)}, jnp.float32(0.5))
+
+    restored = from_bytes(jax.eval_shape(make), to_bytes(make()))
+    with pytest.raises(TypeError, match=r"^update: the step size is abstract .* into a target with it"):
+        restored.update({"w": jnp.ones(2)})
+    assert restored.sync({"w": jnp.ones(2)}).step == 0
