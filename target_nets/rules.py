@@ -387,9 +387,10 @@ def _on_host(x: Any) -> bool:
 def alike(new: Tree, old: Tree) -> Tree:
     """The new arrays, each so linked to the old one that XLA shards both alike, on Auto axes.
 
-    Not made inside of a compiled function, whose calls would share the link, and so would all be linked.
+    For use while tracing, outside of the package's own compiled functions: all calls of one of those
+    share its links, and would be linked with each other.
     """
-    return jax.tree.map(_linked, new, old)
+    return new if jax.device_count() == 1 else jax.tree.map(_linked, new, old)
 
 
 @jax.custom_jvp

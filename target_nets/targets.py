@@ -260,7 +260,7 @@ class _Target(Generic[P]):
         """The slow copy, its compensation and the count of skipped averagings after a move."""
         online, placed = self._placed(online)
         after = rules.named(move, online, *slow, *args, names=_NAMES, placed=placed, **static)
-        if self._trace == _EAGER or jax.device_count() == 1:
+        if self._trace == _EAGER:
             return after
         return *rules.alike(after[:2], slow[:2]), after[2]
 
@@ -640,12 +640,13 @@ def _counter(slow: Any) -> Any:
 def _no_errors(slow: Any, averaged: tuple[bool, ...]) -> Any:
     """The compensation to start with: zeros for the leaves that are averaged, None for the others."""
     leaves, treedef = jax.tree.flatten(slow)
-    alone = jax.device_count() == 1 or _current_trace() == _EAGER
+    eager = _current_trace() == _EAGER
 
     def zeros(x: Any) -> Any:
-        if alone:
-            return jnp.zeros_like(x)
-        return rules.alike(rules.kept(lambda zeros, *_: zeros, jnp.zeros_like(x), (x, None)), x)
+        start = jnp.zeros_like(x)
+        if eager:  # they are where x is
+            return start
+        return rules.alike(rules.kept(lambda zeros, *_: zeros, start, (x, None)), x)
 
     return treedef.unflatten(
         [
