@@ -32,8 +32,6 @@ Example:
   [89.24 89.24]
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 
@@ -43,7 +41,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from target_nets import rules, schedules
+from target_nets import schedules
+from target_nets._src import dtypes
+from target_nets._src.arithmetic import copy
+from target_nets._src.leaves import describe, is_leaf
+from target_nets._src.placement import sharding_of
+from target_nets._src.trees import Names, array_types, zip_leaves
 
 __all__ = ["reconstruct", "solve_weights"]
 
@@ -149,7 +152,7 @@ def reconstruct(
     stored: list[Any] = list(snapshots)
     for index, snapshot in enumerate(stored):
         if not isinstance(snapshot, tuple) or len(snapshot) != 3:
-            got = rules.describe(snapshot)
+            got = describe(snapshot)
             raise TypeError(f"snapshots[{index}]: expected a tuple (step, gamma, params), got {got}")
     steps, gammas = _checked_profiles([x[0] for x in stored], [x[1] for x in stored])
     end = _checked_end("step", steps.max() if step is None else step, steps)
@@ -176,25 +179,26 @@ class _Sum:
     def add(self, weight: float, params: Any, name: str, copied: bool) -> None:
         """Adds a tree, or what a function loads; its other leaves are copied if that is said."""
         # A module may be callable, too, but is a node.
-        tree = params() if callable(params) and rules.is_leaf(params) else params
+        tree = params() if callable(params) and is_leaf(params) else params
         if self.template is None:
             self._begin(tree, name)
-        pairs, _ = rules.match(tree, self.template, (name, "snapshots[0]"))
+        pairs, _ = zip_leaves(tree, self.template, Names(name, "snapshots[0]"))
         for index, (x, like) in enumerate(pairs):
-            if wide := _wide(like.dtype):
+            if wide := _sum_dtype(like.dtype):
                 self.leaves[index] += np.multiply(np.asarray(x), weight, dtype=wide)
             elif copied:
-                self.leaves[index] = rules.copy(jnp.asarray(x), like)
+                self.leaves[index] = copy(jnp.asarray(x), like)
 
     def _begin(self, tree: Any, name: str) -> None:
         leaves, treedef = jax.tree.flatten(tree)
-        types = rules.array_types(tree, name)
+        types = array_types(tree, name)
         hollow = [
-            x if rules.is_key(x) else np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in types
+            x if dtypes.is_key(x.dtype) else np.broadcast_to(np.zeros((), x.dtype), x.shape)
+            for x in types
         ]
         self.template = treedef.unflatten(hollow)
-        self.placements = [rules.placement(x) for x in leaves]
-        self.leaves = [np.zeros(x.shape, wide) if (wide := _wide(x.dtype)) else x for x in hollow]
+        self.placements = [sharding_of(x) for x in leaves]
+        self.leaves = [np.zeros(x.shape, wide) if (wide := _sum_dtype(x.dtype)) else x for x in hollow]
 
     def cast(self) -> Any:
         """The sum in the dtypes and where the arrays of the first tree are."""
@@ -206,11 +210,11 @@ class _Sum:
         return treedef.unflatten(leaves)
 
 
-def _wide(dtype: Any) -> Any:
-    """What a leaf is summed in; None where it is not."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
+def _sum_dtype(dtype: dtypes.DType) -> dtypes.DType | None:
+    """Returns float64 or complex128 for the dtype of a leaf that is summed, else None."""
+    if not dtypes.is_inexact(dtype):
         return None
-    return np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
+    return np.dtype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
 
 
 # The profiles

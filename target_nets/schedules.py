@@ -22,8 +22,6 @@ Example:
 """
 
 import math
-import numbers
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -31,6 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from target_nets._src.checks import check_count, check_number
 
 __all__ = [
     "bias_corrected",
@@ -42,32 +42,6 @@ __all__ = [
     "sigma_rel_of",
     "uniform",
 ]
-
-
-def _number(name: str, low: float, high: float) -> Callable[[float], float]:
-    """A converter of numbers within [low, high] to floats."""
-
-    def convert(value: float) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not low <= value <= high:
-            raise ValueError(f"{name}: expected a number in [{low:g}, {high:.4g}], got {value}")
-        return float(value)
-
-    return convert
-
-
-def _count(name: str) -> Callable[[int], int]:
-    """A converter of integers from 1."""
-
-    def convert(value: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
-        if not 1 <= value < 2**31:
-            raise ValueError(f"{name}: expected 1 to 2**31-1, got {value}")
-        return int(value)
-
-    return convert
 
 
 def _float(n: ArrayLike) -> jax.Array:
@@ -97,8 +71,8 @@ class cosine:
       [0.004, 0.002, 0.0, 0.0]
     """
 
-    base_step_size: float = attrs.field(converter=_number("base_step_size", 0, 1))
-    total_steps: int = attrs.field(converter=_count("total_steps"))
+    base_step_size: float = attrs.field(converter=check_number("base_step_size", 0, 1))
+    total_steps: int = attrs.field(converter=check_count("total_steps"))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
@@ -132,10 +106,10 @@ class inverse_power:
       [1.0, 0.25, 0.1111, 0.01]
     """
 
-    inv_gamma: float = attrs.field(default=1.0, converter=_number("inv_gamma", 1e-30, 1e30))
-    power: float = attrs.field(default=2 / 3, converter=_number("power", 0, 1e30))
-    min_step_size: float = attrs.field(default=1e-4, converter=_number("min_step_size", 0, 1))
-    max_step_size: float = attrs.field(default=1.0, converter=_number("max_step_size", 0, 1))
+    inv_gamma: float = attrs.field(default=1.0, converter=check_number("inv_gamma", 1e-30, 1e30))
+    power: float = attrs.field(default=2 / 3, converter=check_number("power", 0, 1e30))
+    min_step_size: float = attrs.field(default=1e-4, converter=check_number("min_step_size", 0, 1))
+    max_step_size: float = attrs.field(default=1.0, converter=check_number("max_step_size", 0, 1))
 
     def __attrs_post_init__(self) -> None:
         if self.min_step_size > self.max_step_size:
@@ -170,7 +144,7 @@ class ramp:
       [0.9, 0.1, 0.01]
     """
 
-    min_step_size: float = attrs.field(converter=_number("min_step_size", 0, 1))
+    min_step_size: float = attrs.field(converter=check_number("min_step_size", 0, 1))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
@@ -222,7 +196,7 @@ class bias_corrected:
       [1.0, 0.5263, 0.1535, 0.1]
     """
 
-    step_size: float = attrs.field(converter=_number("step_size", 1e-30, 1))
+    step_size: float = attrs.field(converter=check_number("step_size", 1e-30, 1))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""
@@ -258,7 +232,9 @@ class power_function:
       [1.0, 0.0767, 0.0008]
     """
 
-    gamma: float = attrs.field(converter=_number("gamma", 0, 1e30), repr=lambda gamma: f"{gamma:.7g}")
+    gamma: float = attrs.field(
+        converter=check_number("gamma", 0, 1e30), repr=lambda gamma: f"{gamma:.7g}"
+    )
 
     if TYPE_CHECKING:
 
@@ -297,7 +273,7 @@ def gamma_of(sigma_rel: float) -> float:
       >>> round(gamma_of(0.1), 2)
       6.94
     """
-    t = _number("sigma_rel", 1e-6, 0.2887)(sigma_rel) ** -2  # the widest, of all iterates: 12**-0.5
+    t = check_number("sigma_rel", 1e-6, 0.2887)(sigma_rel) ** -2  # the widest, of all iterates: 12**-0.5
     return max(0.0, float(np.roots([1, 7, 16 - t, 12 - t]).real.max()))
 
 
@@ -320,5 +296,5 @@ def sigma_rel_of(gamma: float) -> float:
       >>> round(sigma_rel_of(6.94), 3)
       0.1
     """
-    gamma = _number("gamma", 0, 1e30)(gamma)
+    gamma = check_number("gamma", 0, 1e30)(gamma)
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)

@@ -1,0 +1,111 @@
+"""The rules for one leaf: interpolate, copy and add.
+
+8- and 16-bit floats are computed in float32 and rounded once. Every result has the dtype of the old leaf
+and memory of its own.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from target_nets._src.dtypes import DType, accumulation_dtype, arithmetic_dtype, is_inexact
+
+End = TypeVar("End")  # an array, or a tree of arrays that are chosen together
+
+
+def lerp(new: jax.Array, old: jax.Array, step_size: ArrayLike) -> jax.Array:
+    """Returns the linear interpolation from the old leaf to the new one, `old + step_size*(new - old)`.
+
+    Leaves that are not inexact take the new value. See `target_nets.rules.incremental_update`.
+    """
+    if not is_inexact(old.dtype):
+        return copy(new, old)
+    if jnp.iscomplexobj(old):
+        real = lerp(jnp.real(new), jnp.real(old), step_size)
+        return lax.complex(real, lerp(jnp.imag(new), jnp.imag(old), step_size))
+    dtype = arithmetic_dtype(new.dtype, old.dtype)
+    near, far, weight = order_ends(cast(new, dtype), cast(old, dtype), step_size, dtype)
+    return where(weight == 0, jnp.copy(near), interpolate(near, far, weight)).astype(old.dtype)
+
+
+def order_ends(new: End, old: End, step_size: ArrayLike, dtype: DType) -> tuple[End, End, jax.Array]:
+    """Returns the end that the average is nearer to, the other end, and the weight of the latter.
+
+    The weight is the step size up to one half, and one minus the step size above. So it lies in
+    [0, 1/2], and is exact in both cases.
+    """
+    if isinstance(step_size, float):
+        rate = dtype.type(step_size)
+    else:  # a traced step size cannot raise: it is clipped, and nan counts as 0
+        rate = jnp.asarray(step_size).astype(dtype)
+        rate = jnp.where(rate > 0, jnp.minimum(rate, 1), 0)
+    is_low = rate <= 0.5
+    return where(is_low, old, new), where(is_low, new, old), where(is_low, rate, 1 - rate)
+
+
+def where(condition: jax.Array | np.bool_, x: End, y: End) -> End:
+    """Returns `x` or `y`. A condition that is known while tracing adds nothing to the program."""
+    if isinstance(condition, np.bool_):
+        return x if condition else y
+    return jax.tree.map(partial(jnp.where, condition), x, y)
+
+
+@jax.custom_jvp
+def interpolate(near: jax.Array, far: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns `near + weight*(far - near)`, where no finite input overflows."""
+    # The difference of the halves cannot overflow. An infinite near end counts as 0 in it, so that the
+    # result stays infinite instead of nan.
+    half_gap = lax.select(lax.is_finite(near), near * 0.5, jnp.zeros_like(near)) - far * 0.5
+    return near - 2 * weight * half_gap  # as a difference, which keeps the sign of a zero
+
+
+@interpolate.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    # The derivative of the formula. That of the code above is wrong where `near` and `far` are equal.
+    (near, far, weight), (near_dot, far_dot, weight_dot) = primals, tangents
+    result_dot = (1 - weight) * near_dot + weight * far_dot + (far - near) * weight_dot
+    return interpolate(near, far, weight), result_dot
+
+
+def copy(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns a copy of the new leaf in the dtype of the old one, strongly typed."""
+    if new.dtype == old.dtype and not getattr(new, "weak_type", False):
+        return jnp.copy(new)
+    return lax.convert_element_type(cast(new, old.dtype), old.dtype)
+
+
+def add(update: jax.Array, param: jax.Array) -> jax.Array:
+    """Returns the sum in the dtype of the parameter."""
+    dtype = arithmetic_dtype(update.dtype, param.dtype)
+    return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+
+
+def cast(x: jax.Array, dtype: DType) -> jax.Array:
+    """Returns an online leaf in another dtype, with a bfloat16 value rounded as it is in memory.
+
+    If a value is rounded to bfloat16 and read in the same program, XLA may leave the rounding out.
+    """
+    if x.dtype == jnp.bfloat16 and jnp.issubdtype(dtype, jnp.inexact):
+        x = lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+def all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Returns whether no inexact leaf holds inf or nan, as a boolean scalar."""
+    inexact = [x.astype(accumulation_dtype(x.dtype)) for x in leaves if is_inexact(x.dtype)]
+    # Inf and nan times 0 are nan. XLA's sum is faster on CPUs than `all`, and its `max` may lose a nan.
+    has_nonfinite = jnp.array([jnp.sum(x * 0) != 0 for x in inexact], jnp.float32)
+    # A dot product, because XLA does not fuse it. Anything else is computed again in the loop of every
+    # small leaf, and then the program grows with the square of their number.
+    return jnp.dot(has_nonfinite, has_nonfinite) == 0
+
+
+def zero_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns zeros if an inexact leaf is not to be used, so that no inf or nan reaches a derivative."""
+    return jnp.where(finite, x, 0) if is_inexact(x.dtype) else x

@@ -1,0 +1,83 @@
+"""The checks of arguments. Each returns the argument in the form that the package uses, or raises."""
+
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from target_nets._src.dtypes import Kind, kind_of
+from target_nets._src.leaves import Leaf, array_type, describe
+
+INT32_MAX = 2**31 - 1
+
+
+def check_step_size(step_size: ArrayLike) -> float | jax.Array:
+    """Returns a jax array as it is, and any other step size as a float in [0, 1]."""
+    if not _is_plain(step_size, int | float):
+        check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT)
+    if isinstance(step_size, jax.Array):
+        return step_size
+    if not 0 <= step_size <= 1:
+        raise ValueError(f"step_size: expected a number in [0, 1], got {step_size}")
+    return float(step_size)
+
+
+def check_update_period(update_period: ArrayLike) -> int | jax.Array:
+    """Returns an integer. Unless it is a jax array, it lies between 1 and 2**31-1."""
+    period = check_integer("update_period", update_period)
+    if isinstance(period, int) and not 1 <= period <= INT32_MAX:
+        raise ValueError(f"update_period: expected 1 to 2**31-1, got {period}")
+    return period
+
+
+def check_integer(name: str, x: ArrayLike) -> int | jax.Array:
+    """Returns a Python or NumPy integer as an int, and a jax array with at least 32 bits."""
+    if _is_plain(x, int):  # jax does not hold every Python integer
+        return int(x)
+    check_scalar(name, x, "an integer", Kind.INTEGER)
+    if isinstance(x, jax.Array):
+        return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+    return operator.index(x)
+
+
+def check_scalar(name: str, x: Leaf, expected: str, *kinds: Kind) -> None:
+    """Raises unless a leaf is a scalar of one of these kinds."""
+    known = array_type(x)
+    if known is None or kind_of(known.dtype) not in kinds:
+        raise TypeError(f"{name}: expected {expected}, got {describe(x)}")
+    if known.shape:
+        raise ValueError(f"{name}: expected a scalar, got shape {list(known.shape)}")
+
+
+def check_number(name: str, low: float, high: float) -> Callable[[float], float]:
+    """Returns an attrs converter that takes numbers in [low, high] and returns floats."""
+
+    def convert(value: float) -> float:
+        if not _is_plain(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not low <= value <= high:
+            raise ValueError(f"{name}: expected a number in [{low:g}, {high:.4g}], got {value}")
+        return float(value)
+
+    return convert
+
+
+def check_count(name: str) -> Callable[[int], int]:
+    """Returns an attrs converter that takes integers from 1 to 2**31-1."""
+
+    def convert(value: int) -> int:
+        if not _is_plain(value, numbers.Integral):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if not 1 <= value <= INT32_MAX:
+            raise ValueError(f"{name}: expected 1 to 2**31-1, got {value}")
+        return int(value)
+
+    return convert
+
+
+def _is_plain(x: Any, number_type: Any) -> bool:
+    return isinstance(x, number_type) and not isinstance(x, bool)

@@ -1,0 +1,52 @@
+"""A jax primitive that makes XLA shard two arrays alike.
+
+It does what `jax.experimental.shard_alike` did, which jax 0.12 no longer has. It puts both arrays into
+one sharding group of Shardy, XLA's partitioner.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import batching, mlir
+
+
+def shard_alike(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns the new array, linked to the old one of the same shape."""
+    return _shard_alike_p.bind(new, old)
+
+
+def _evaluate(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Outside of jit the sharding of the old array is known."""
+    return jax.device_put(new, old.sharding) if old.committed else new
+
+
+def _batch(
+    arrays: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | None]
+) -> tuple[jax.Array, int | None]:
+    (new, old), (new_axis, old_axis) = arrays, axes
+    if new_axis is None or old_axis is None:  # the shapes differ
+        return new, new_axis
+    return shard_alike(jnp.moveaxis(new, new_axis, old_axis), old), old_axis
+
+
+def _lower(context: Any, new: ir.Value, old: ir.Value) -> list[ir.Value]:
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return [new]
+    # Each module counts its groups anew. So a program is the same whatever was traced before it, and
+    # the compilation cache finds it. The offset keeps clear of other groups, which count from 0.
+    group_id = 2**32 + context.module_context.new_channel()
+    attribute = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), group_id)
+    for value in (new, old):
+        sdy.ShardingGroupOp(value, attribute)
+    return [new]
+
+
+_shard_alike_p = Primitive("shard_alike")
+_shard_alike_p.def_impl(_evaluate)
+_shard_alike_p.def_abstract_eval(lambda new, _: new)
+batching.primitive_batchers[_shard_alike_p] = _batch
+mlir.register_lowering(_shard_alike_p, _lower, cacheable=False)

@@ -1,0 +1,161 @@
+"""The state dict of a target: what `flax.serialization` saves and restores."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx, serialization
+from jax.core import Tracer
+
+from target_nets._src.checks import INT32_MAX
+from target_nets._src.dtypes import is_key, kind_of
+from target_nets._src.leaves import Leaf, describe, is_leaf
+from target_nets._src.placement import copy_to_own_buffers, sharding_of
+from target_nets._src.state import Settings, State
+from target_nets._src.trees import PyTree, named_children
+
+_SAVED = ("step", "params", "skipped", "compensation")  # a step size is a setting, also as an array
+_COUNTERS = ("step", "skipped")
+
+
+def state_to_dict(state: State, settings: Settings) -> dict[str, Any]:
+    """Returns counters as integers and trees as nested dicts of arrays, PRNG keys as their data."""
+    return {
+        name: _save_count(child) if name in _COUNTERS else _nest(jax.tree.map(_key_data, child))
+        for name, child in _saved_children(state, settings).items()
+    }
+
+
+def state_from_dict(template: State, settings: Settings, saved: Any, path: str) -> State:
+    """Returns a saved state in the dtypes and shardings of a template.
+
+    Args:
+      template: The state of a target of the same parameters. It may be abstract.
+      settings: The settings of that target.
+      saved: What `state_to_dict` returned, perhaps as decoded from bytes.
+      path: The path of the target in the whole checkpoint, for messages.
+
+    Raises:
+      ValueError: The saved state does not fit the template.
+    """
+    children = _saved_children(template, settings)
+    _check_keys(children, saved, path)
+    for name, child in children.items():
+        restore = _restore_count if name in _COUNTERS else _restore_tree
+        children[name] = restore(child, saved[name], f"{path}/{name}")
+    is_array = isinstance(template.step_size, jax.Array)
+    return template._replace(
+        **children, step_size=copy_to_own_buffers(template.step_size) if is_array else template.step_size
+    )
+
+
+def _saved_children(state: State, settings: Settings) -> dict[str, PyTree]:
+    return {name: getattr(state, name) for name in _SAVED if name in settings.child_names}
+
+
+def _save_count(count: Any) -> Any:
+    """Returns an integer. A traced or abstract counter, or that of a population, stays as it is."""
+    if isinstance(count, Tracer | jax.ShapeDtypeStruct) or np.ndim(count):
+        return count
+    return int(count)
+
+
+def _key_data(leaf: Any) -> Any:
+    """Returns the data of a PRNG key, and any other leaf as it is."""
+    if not is_key(leaf.dtype):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, leaf)
+    return jax.random.key_data(leaf)
+
+
+def _nest(tree: PyTree) -> PyTree:
+    """Returns a tree as nested dicts with string keys, its leaves as they are.
+
+    Nodes that flax.serialization knows have its names, nnx objects those of `nnx.to_pure_dict`, and all
+    others the key paths of jax.
+    """
+    if tree is None or is_leaf(tree):
+        return tree
+    if isinstance(tree, nnx.Variable):
+        return _nest(tree.get_value())
+    if isinstance(tree, nnx.State | nnx.Pytree):
+        tree = nnx.to_pure_dict(nnx.state(tree))
+    named = serialization.to_state_dict(tree)
+    if named is tree:
+        named = named_children(tree)
+    return {key: _nest(child) for key, child in named.items()}
+
+
+def _restore_tree(template: PyTree, saved: Any, path: str) -> PyTree:
+    leaves, treedef = jax.tree.flatten(template)
+    # The nested dict of the template with the index of each leaf in its place. The indices are arrays,
+    # since nnx takes no numbers for leaves.
+    indices = _nest(treedef.unflatten([np.array(index) for index in range(len(leaves))]))
+    restored = dict(_restore_leaves(indices, leaves, saved, path))
+    return treedef.unflatten([restored[index] for index in range(len(leaves))])
+
+
+def _restore_leaves(
+    indices: PyTree, leaves: list[Any], saved: Any, path: str
+) -> Iterator[tuple[int, jax.Array]]:
+    """Yields the index and the value of each leaf."""
+    if isinstance(indices, dict):
+        _check_keys(indices, saved, path)
+        for key, child in indices.items():
+            yield from _restore_leaves(child, leaves, saved[key], f"{path}/{key}")
+    elif indices is not None:
+        yield int(indices), _restore_leaf(leaves[int(indices)], saved, path)
+    elif saved is not None:
+        raise ValueError(f"{path}: expected None, got {describe(saved)}")
+
+
+def _restore_leaf(leaf: Any, saved: Leaf, path: str) -> jax.Array:
+    wanted = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf.dtype) else leaf
+    got = saved if isinstance(saved, jax.Array) or not _is_number(saved) else np.asarray(saved)
+    if not (
+        _is_number(got)
+        and got.shape == wanted.shape
+        and kind_of(got.dtype) == kind_of(wanted.dtype)
+        and np.can_cast(got.dtype, wanted.dtype)
+    ):
+        expected = f"{wanted.dtype}{list(wanted.shape)}, or a dtype that fits into it"
+        raise ValueError(f"{path}: expected {expected}, got {describe(got)}")
+    restored = jax.device_put(got.astype(wanted.dtype), sharding_of(leaf), may_alias=False)
+    return jax.random.wrap_key_data(restored, impl=_key_impl(leaf)) if is_key(leaf.dtype) else restored
+
+
+def _key_impl(key: Any) -> Any:
+    """Returns the implementation of a PRNG key. That of an abstract key is known only inside a trace."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found[0]
+
+
+def _restore_count(template: Any, saved: Any, path: str) -> Any:
+    shape = np.shape(template)
+    count = np.asarray(saved if _is_number(saved) else "")
+    # Python's integers past 64 bits are objects to NumPy. The shape is compared first, because a hostile
+    # state may hold many of them.
+    if count.shape != shape or not (count.dtype.kind in "iu" or all(type(x) is int for x in count.flat)):
+        expected = f"integers of shape {list(shape)}" if shape else "an integer"
+        raise ValueError(f"{path}: expected {expected}, got {describe(saved)}")
+    if any(not 0 <= x <= INT32_MAX for x in count.flat):
+        raise ValueError(f"{path}: expected 0 to 2**31-1, got {saved}")
+    sharding = sharding_of(template)
+    count = count.astype(np.int32)
+    return count if sharding is None else jax.device_put(count, sharding)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+
+
+def _check_keys(expected: dict[str, Any], saved: Any, path: str) -> None:
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: expected a dict of {list(expected)}, got {describe(saved)}")
+    if missing := [key for key in expected if key not in saved]:
+        raise ValueError(f"{path}/{missing[0]}: missing; the state holds {list(saved)}")
+    if unexpected := [key for key in saved if key not in expected]:
+        raise ValueError(f"{path}/{unexpected[0]}: unexpected; the target holds {list(expected)}")

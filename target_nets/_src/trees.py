@@ -1,0 +1,140 @@
+"""Pairing the leaves of two trees, and naming the place where the trees differ."""
+
+import operator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import KeyPath, PyTreeDef, keystr, tree_flatten_with_path
+
+from target_nets._src import leaves
+from target_nets._src.leaves import describe
+
+PyTree: TypeAlias = Any  # jax's trees have no type of their own
+Tree = TypeVar("Tree")
+
+_CONFIG: Any = jax.config  # its settings are missing from jax's annotations
+
+
+class Names(NamedTuple):
+    """What the caller calls the new and the old tree, for messages."""
+
+    new: str
+    old: str
+
+
+def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Any, Any]], PyTreeDef]:
+    """Returns the pairs of leaves of two trees and their treedef, or raises where the trees differ.
+
+    Inside jit this runs while tracing and costs nothing afterwards.
+    """
+    new_leaves, treedef = jax.tree.flatten(new)
+    old_leaves, old_treedef = jax.tree.flatten(old)
+    if treedef != old_treedef:
+        # A None may be meant (see `copy_nones`), so any other difference is reported first.
+        first = min(_differences(new, old, ()), key=lambda difference: difference.new == "None")
+        raise ValueError(_mismatch(names, keystr(first.path), first.new, first.old)) from None
+    pairs = list(zip(new_leaves, old_leaves, strict=True))
+    for index, (x, y) in enumerate(pairs):
+        if (error := leaves.find_misfit(x, y)) is not None:
+            raise error(_mismatch(names, leaf_path(new, index), describe(x), describe(y))) from None
+    return pairs, treedef
+
+
+@contextmanager
+def naming_leaves(new: PyTree, old: PyTree, names: Names) -> Generator[None]:
+    """Names the leaf where a compiled function refuses one of its arguments.
+
+    jit converts its arguments before it traces the function, and its own errors give no key path.
+    """
+    try:
+        yield
+    except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot hold
+        zip_leaves(new, old, names)
+        raise
+
+
+def jit_argument(tree: Tree) -> Tree:
+    """Returns a tree that can be passed to a compiled function.
+
+    NumPy arrays are copied, since jax may read them after the call has returned, or share their memory.
+    With jit disabled all leaves become jax arrays, as jit itself would make them.
+    """
+    if any(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
+        tree = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+    return jax.tree.map(jnp.asarray, tree) if _CONFIG.jax_disable_jit else tree
+
+
+def copy_nones(tree: PyTree, reference: PyTree) -> PyTree:
+    """Returns the tree with None wherever the reference holds None, as optax's functions do."""
+    if jax.tree.structure(tree) != jax.tree.structure(reference):
+        is_none = partial(operator.is_, None)
+        with suppress(ValueError):  # the trees differ elsewhere, too, and `zip_leaves` will say where
+            return jax.tree.map(lambda r, x: None if r is None else x, reference, tree, is_leaf=is_none)
+    return tree
+
+
+def array_types(tree: PyTree, name: str) -> list[leaves.ArrayType]:
+    """Returns the shapes and dtypes of all leaves, or raises if one of them is no array."""
+    types: list[leaves.ArrayType] = []
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        if (known := leaves.array_type(leaf)) is None:
+            raise TypeError(f"{name}{leaf_path(tree, index)}: expected an array, got {describe(leaf)}")
+        types.append(known)
+    return types
+
+
+def leaf_path(tree: PyTree, index: int) -> str:
+    """Returns the key path of a leaf, such as `['layer']['kernel']`."""
+    return keystr(tree_flatten_with_path(tree)[0][index][0])
+
+
+def named_children(tree: PyTree) -> dict[str, PyTree]:
+    """Returns the children of a node by name."""
+    return {keystr(key, simple=True): child for key, child in _children(tree)[0].items()}
+
+
+class _Difference(NamedTuple):
+    """A place where two trees differ, and what each of them holds there."""
+
+    path: KeyPath
+    new: str
+    old: str
+
+
+def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[_Difference]:
+    if leaves.is_leaf(new) and leaves.is_leaf(old):
+        return
+    new_children, new_node = _children(new)
+    old_children, old_node = _children(old)
+    if type(new) is not type(old):
+        yield _Difference(path, describe(new), describe(old))
+    elif new_children.keys() != old_children.keys():
+        for key in [key for key in old_children if key not in new_children]:
+            yield _Difference((*path, *key), "nothing", describe(old_children[key]))
+        for key in [key for key in new_children if key not in old_children]:
+            yield _Difference((*path, *key), describe(new_children[key]), "nothing")
+    elif new_node != old_node:
+        static = f"{describe(new)} with other static data (settings, or train or eval mode)"
+        yield _Difference(path, static, describe(old))
+    else:
+        for key in old_children:
+            yield from _differences(new_children[key], old_children[key], (*path, *key))
+
+
+def _children(tree: PyTree) -> tuple[dict[KeyPath, PyTree], PyTreeDef]:
+    """Returns the children of a node by key, and the treedef of that one level."""
+
+    def is_child(x: PyTree) -> bool:
+        return x is not tree
+
+    children = dict(tree_flatten_with_path(tree, is_leaf=is_child)[0])
+    return children, jax.tree.structure(tree, is_leaf=is_child)
+
+
+def _mismatch(names: Names, path: str, got: str, expected: str) -> str:
+    return f"{names.new}{path}: expected {expected} as in {names.old}, got {got}"
