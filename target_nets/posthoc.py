@@ -42,11 +42,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from target_nets import schedules
-from target_nets._src import dtypes
-from target_nets._src.arithmetic import copy
-from target_nets._src.leaves import describe, is_leaf
-from target_nets._src.placement import sharding_of
-from target_nets._src.trees import Names, array_types, zip_leaves
+from target_nets._src import arithmetic, dtypes, leaves, placement, trees
 
 __all__ = ["reconstruct", "solve_weights"]
 
@@ -85,9 +81,9 @@ def solve_weights(
       >>> [round(float(weight), 3) for weight in weights]
       [-0.005, 0.615, 0.0, 0.428]
     """
-    steps, gammas = _checked_profiles(steps, gammas)
-    end = _checked_end("target_step", target_step, steps)
-    gamma = _checked("target_gamma", target_gamma, 0, ndim=0)
+    steps, gammas = _check_profiles(steps, gammas)
+    end = _check_end("target_step", target_step, steps)
+    gamma = _check_numbers("target_gamma", target_gamma, 0, ndim=0)
     cosines, norms = _geometry(np.append(steps, end), np.append(gammas, gamma))
     # Profiles that all but coincide share a weight: by themselves theirs would be huge, of either sign.
     unit, *_ = np.linalg.lstsq(cosines[:-1, :-1], cosines[:-1, -1], rcond=1e-10)
@@ -152,69 +148,65 @@ def reconstruct(
     stored: list[Any] = list(snapshots)
     for index, snapshot in enumerate(stored):
         if not isinstance(snapshot, tuple) or len(snapshot) != 3:
-            got = describe(snapshot)
+            got = leaves.describe(snapshot)
             raise TypeError(f"snapshots[{index}]: expected a tuple (step, gamma, params), got {got}")
-    steps, gammas = _checked_profiles([x[0] for x in stored], [x[1] for x in stored])
-    end = _checked_end("step", steps.max() if step is None else step, steps)
+    steps, gammas = _check_profiles([x[0] for x in stored], [x[1] for x in stored])
+    end = _check_end("step", steps.max() if step is None else step, steps)
     gamma = schedules.power_function(gamma=gamma, sigma_rel=sigma_rel).gamma
     weights = solve_weights(steps, gammas, end, gamma)
     _check_error(weights, steps, gammas, end, gamma)
-    weights /= weights.sum()
     nearest = np.argmin(np.abs(steps - end))
-    total = _Sum()
+    total = _WeightedSum()
     with np.errstate(over="ignore", invalid="ignore"):  # inf and nan stay what they are
-        for index, (_, _, params) in enumerate(stored):
-            total.add(weights[index], params, f"snapshots[{index}]", copied=bool(index == nearest))
-        return total.cast()
+        for index, weight in enumerate(weights / weights.sum()):
+            total.add(weight, stored[index][2], index, is_nearest=bool(index == nearest))
+        return total.result()
 
 
 @attrs.define
-class _Sum:
-    """A weighted sum of trees, in float64 on the host."""
+class _WeightedSum:
+    """A weighted sum of trees, in float64 on the host.
 
-    template: Any = None  # the first tree, its arrays without memory
-    placements: list[Any] = attrs.field(factory=list)
-    leaves: list[Any] = attrs.field(factory=list)
+    Attributes:
+      template: The first tree, with arrays that take no memory.
+      shardings: Where its arrays are, leaf by leaf.
+      sums: The sums of inexact leaves so far, and the other leaves of the nearest snapshot.
+    """
 
-    def add(self, weight: float, params: Any, name: str, copied: bool) -> None:
-        """Adds a tree, or what a function loads; its other leaves are copied if that is said."""
-        # A module may be callable, too, but is a node.
-        tree = params() if callable(params) and is_leaf(params) else params
+    template: Any = None
+    shardings: list[Any] = attrs.field(factory=list)
+    sums: list[Any] = attrs.field(factory=list)
+
+    def add(self, weight: float, params: Any, index: int, *, is_nearest: bool) -> None:
+        """Adds the parameters of a snapshot, or those that a function loads."""
+        # A module may be callable, too, but it is a node.
+        tree = params() if callable(params) and leaves.is_leaf(params) else params
         if self.template is None:
-            self._begin(tree, name)
-        pairs, _ = zip_leaves(tree, self.template, Names(name, "snapshots[0]"))
-        for index, (x, like) in enumerate(pairs):
-            if wide := _sum_dtype(like.dtype):
-                self.leaves[index] += np.multiply(np.asarray(x), weight, dtype=wide)
-            elif copied:
-                self.leaves[index] = copy(jnp.asarray(x), like)
+            trees.check_arrays(tree, f"snapshots[{index}]")
+            self.template = jax.tree.map(_without_memory, tree)
+            self.shardings = [placement.sharding_of(x) for x in jax.tree.leaves(tree)]
+            self.sums = [0.0] * len(self.shardings)
+        names = trees.Names(f"snapshots[{index}]", "snapshots[0]")
+        for i, (x, like) in enumerate(trees.zip_leaves(tree, self.template, names)[0]):
+            if dtypes.is_inexact(like.dtype):
+                wide = np.result_type(like.dtype, np.float64)
+                self.sums[i] += np.multiply(np.asarray(x), weight, dtype=wide)
+            elif is_nearest:
+                self.sums[i] = arithmetic.copy(jnp.asarray(x), like)
 
-    def _begin(self, tree: Any, name: str) -> None:
-        leaves, treedef = jax.tree.flatten(tree)
-        types = array_types(tree, name)
-        hollow = [
-            x if dtypes.is_key(x.dtype) else np.broadcast_to(np.zeros((), x.dtype), x.shape)
-            for x in types
-        ]
-        self.template = treedef.unflatten(hollow)
-        self.placements = [sharding_of(x) for x in leaves]
-        self.leaves = [np.zeros(x.shape, wide) if (wide := _sum_dtype(x.dtype)) else x for x in hollow]
-
-    def cast(self) -> Any:
-        """The sum in the dtypes and where the arrays of the first tree are."""
+    def result(self) -> Any:
+        """Returns the sums in the dtypes and shardings of the first tree."""
         likes, treedef = jax.tree.flatten(self.template)
-        leaves = [
-            jax.device_put(x if isinstance(x, jax.Array) else x.astype(like.dtype), placement)
-            for x, like, placement in zip(self.leaves, likes, self.placements, strict=True)
+        cast = [
+            x if dtypes.is_key(y.dtype) else x.astype(y.dtype)
+            for x, y in zip(self.sums, likes, strict=True)
         ]
-        return treedef.unflatten(leaves)
+        return treedef.unflatten(jax.device_put(cast, self.shardings))
 
 
-def _sum_dtype(dtype: dtypes.DType) -> dtypes.DType | None:
-    """Returns float64 or complex128 for the dtype of a leaf that is summed, else None."""
-    if not dtypes.is_inexact(dtype):
-        return None
-    return np.dtype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
+def _without_memory(x: Any) -> Any:
+    known = leaves.array_type(x)
+    return x if dtypes.is_key(known.dtype) else np.broadcast_to(np.zeros((), known.dtype), known.shape)
 
 
 # The profiles
@@ -246,8 +238,11 @@ def _check_error(weights: Vector, steps: Vector, gammas: Vector, end: Vector, ga
         )
 
 
-def _checked_profiles(steps: ArrayLike, gammas: ArrayLike) -> tuple[Vector, Vector]:
-    steps, gammas = _checked("steps", steps, 1e-30, ndim=1), _checked("gammas", gammas, 0, ndim=1)
+def _check_profiles(steps: ArrayLike, gammas: ArrayLike) -> tuple[Vector, Vector]:
+    steps, gammas = (
+        _check_numbers("steps", steps, 1e-30, ndim=1),
+        _check_numbers("gammas", gammas, 0, ndim=1),
+    )
     if steps.shape != gammas.shape:
         raise ValueError(f"gammas: expected as many as steps, {steps.size}, got {gammas.size}")
     if steps.size < 2:
@@ -262,14 +257,14 @@ def _checked_profiles(steps: ArrayLike, gammas: ArrayLike) -> tuple[Vector, Vect
     return steps, gammas
 
 
-def _checked_end(name: str, step: ArrayLike, steps: Vector) -> Vector:
-    end = _checked(name, step, 1e-30, ndim=0)
+def _check_end(name: str, step: ArrayLike, steps: Vector) -> Vector:
+    end = _check_numbers(name, step, 1e-30, ndim=0)
     if end > steps.max():
         raise ValueError(f"{name}: expected at most {steps.max():g}, the last snapshot's, got {end:g}")
     return end
 
 
-def _checked(name: str, x: ArrayLike, low: float, ndim: int) -> Vector:
+def _check_numbers(name: str, x: ArrayLike, low: float, ndim: int) -> Vector:
     try:
         array = np.asarray(x, np.float64)
     except (TypeError, ValueError):

@@ -6,12 +6,13 @@ problem. Each docstring says what differs from optax: dtypes are kept, shapes an
 exactly, and no result shares memory with the online tensors.
 """
 
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from target_nets._src.checks import check_integer, check_step_size, check_update_period
-from target_nets._src.state import AVERAGE_ALL, COPY_ALL, SlowCopy
-from target_nets._src.tree_rules import TENSORS, add, copy_if_due, move
-from target_nets._src.trees import PyTree, Tree, copy_nones, jit_argument, zip_leaves
+from target_nets._src import checks, trees
+from target_nets._src.records import AVERAGE_ALL, COPY_ALL, SlowCopy
+from target_nets._src.tree_rules import TENSORS, add, move
+from target_nets._src.trees import PyTree, Tree
 
 __all__ = ["apply_updates", "incremental_update", "periodic_update"]
 
@@ -39,7 +40,7 @@ def apply_updates(params: Tree, updates: PyTree) -> Tree:
       >>> target_nets.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
       {'w': Array([1.5, 1.5], dtype=float32)}
     """
-    return add(copy_nones(updates, params), jit_argument(params))
+    return add(trees.copy_nones(updates, params), trees.jit_argument(params))
 
 
 def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLike) -> Tree:
@@ -76,10 +77,9 @@ def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLik
       >>> target_nets.incremental_update(online, slow, step_size=0.25)
       {'w': Array([0.25, 0.5 ], dtype=float32)}
     """
-    step_size = check_step_size(step_size)
-    slow = SlowCopy(jit_argument(copy_nones(old_tensors, new_tensors)))
-    slow, _ = move(new_tensors, slow, AVERAGE_ALL, TENSORS, step_size=step_size)
-    return slow.params
+    step_size = checks.check_step_size(step_size)
+    slow = SlowCopy(trees.jit_argument(trees.copy_nones(old_tensors, new_tensors)))
+    return move(new_tensors, slow, AVERAGE_ALL, TENSORS, step_size=step_size)[0].params
 
 
 def periodic_update(
@@ -119,12 +119,14 @@ def periodic_update(
       >>> target_nets.periodic_update(online, slow, steps=200, update_period=100)
       {'w': Array([1., 1.], dtype=float32)}
     """
-    steps = check_integer("steps", steps)
-    update_period = check_update_period(update_period)
-    if not (isinstance(steps, int) and isinstance(update_period, int)):
-        return copy_if_due(new_tensors, jit_argument(old_tensors), steps, update_period)
-    if steps % update_period == 0:
-        slow, _ = move(new_tensors, SlowCopy(jit_argument(old_tensors)), COPY_ALL, TENSORS)
-        return slow.params
-    zip_leaves(new_tensors, old_tensors, TENSORS)
-    return old_tensors
+    steps = checks.check_integer("steps", steps)
+    update_period = checks.check_count("update_period", update_period)
+    if isinstance(steps, int) and isinstance(update_period, int):
+        is_due = None
+        if steps % update_period != 0:
+            trees.zip_leaves(new_tensors, old_tensors, TENSORS)
+            return old_tensors
+    else:
+        is_due = steps % jnp.maximum(update_period, 1) == 0
+    slow = SlowCopy(trees.jit_argument(old_tensors))
+    return move(new_tensors, slow, COPY_ALL, TENSORS, is_due=is_due)[0].params

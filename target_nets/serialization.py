@@ -27,16 +27,10 @@ Example:
 
 from flax import serialization
 
+from target_nets._src.state_dict import from_state_dict, to_state_dict
 from target_nets.targets import EMATarget, PeriodicTarget
 
 __all__: list[str] = []  # importing this module is all there is to do
 
-
-def _register() -> None:
-    for target_class in (EMATarget, PeriodicTarget):
-        serialization.register_serialization_state(
-            target_class, target_class.to_state_dict, target_class.from_state_dict
-        )
-
-
-_register()
+serialization.register_serialization_state(EMATarget, to_state_dict, from_state_dict)
+serialization.register_serialization_state(PeriodicTarget, to_state_dict, from_state_dict)

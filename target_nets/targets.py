@@ -15,14 +15,11 @@ Three traps that no check can see:
 
 from typing import TypeVar, final
 
-import attrs
-import jax
-from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import construct
-from target_nets._src.dtypes import storage_dtypes
-from target_nets._src.state import COPY_ALL, Count, Rule, Schedule, Settings, State, host_count
+from target_nets._src import construct, pytree
+from target_nets._src.counts import host_count
+from target_nets._src.records import COPY_ALL, Count, Rule, Schedule, Settings, State
 from target_nets._src.target import Target
 
 __all__ = ["EMATarget", "PeriodicTarget"]
@@ -31,8 +28,6 @@ P = TypeVar("P")
 
 
 @final
-@jax.tree_util.register_pytree_with_keys_class
-@attrs.define(eq=False, init=False, repr=False)
 class EMATarget(Target[P]):
     """A target whose parameters are a moving average of the online parameters (Polyak averaging).
 
@@ -92,6 +87,8 @@ class EMATarget(Target[P]):
       3 [0.578125 0.578125]
     """
 
+    __slots__ = ()
+
     def __init__(
         self,
         params: P,
@@ -106,7 +103,7 @@ class EMATarget(Target[P]):
     ) -> None:
         dtypes = construct.leaf_dtypes(params)
         averaged = construct.resolve_mask(mask, params)
-        stored = storage_dtypes(dtypes, averaged, accumulator_dtype)
+        stored = construct.storage_dtypes(dtypes, averaged, accumulator_dtype)
         fixed_step_size, array_step_size = construct.parse_step_size(step_size)
         settings = Settings(
             rule=Rule(all(averaged) or averaged, fixed_step_size),
@@ -145,8 +142,6 @@ class EMATarget(Target[P]):
 
 
 @final
-@jax.tree_util.register_pytree_with_keys_class
-@attrs.define(eq=False, init=False, repr=False)
 class PeriodicTarget(Target[P]):
     """A target whose parameters are a copy of the online parameters, taken every so many updates.
 
@@ -176,10 +171,12 @@ class PeriodicTarget(Target[P]):
       [1. 1.]
     """
 
+    __slots__ = ()
+
     def __init__(self, params: P, update_period: int, *, donate: bool = False) -> None:
         slow = construct.start_slow_copy(params, construct.leaf_dtypes(params))
         self.__attrs_init__(Settings(COPY_ALL, update_period, donate), State(slow, host_count(0)))
 
 
-nnx.register_data_type(EMATarget)
-nnx.register_data_type(PeriodicTarget)
+pytree.register(EMATarget)
+pytree.register(PeriodicTarget)

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src.dtypes import Kind, kind_of
+from target_nets._src.dtypes import DType, Kind, kind_of
 from target_nets._src.leaves import Leaf, array_type, describe
 
 INT32_MAX = 2**31 - 1
@@ -17,7 +17,7 @@ INT32_MAX = 2**31 - 1
 
 def check_step_size(step_size: ArrayLike) -> float | jax.Array:
     """Returns a jax array as it is, and any other step size as a float in [0, 1]."""
-    if not _is_plain(step_size, int | float):
+    if not _is_number(step_size, int | float):
         check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT)
     if isinstance(step_size, jax.Array):
         return step_size
@@ -26,17 +26,17 @@ def check_step_size(step_size: ArrayLike) -> float | jax.Array:
     return float(step_size)
 
 
-def check_update_period(update_period: ArrayLike) -> int | jax.Array:
+def check_count(name: str, count: ArrayLike) -> int | jax.Array:
     """Returns an integer. Unless it is a jax array, it lies between 1 and 2**31-1."""
-    period = check_integer("update_period", update_period)
-    if isinstance(period, int) and not 1 <= period <= INT32_MAX:
-        raise ValueError(f"update_period: expected 1 to 2**31-1, got {period}")
-    return period
+    count = check_integer(name, count)
+    if isinstance(count, int) and not 1 <= count <= INT32_MAX:
+        raise ValueError(f"{name}: expected 1 to 2**31-1, got {count}")
+    return count
 
 
 def check_integer(name: str, x: ArrayLike) -> int | jax.Array:
     """Returns a Python or NumPy integer as an int, and a jax array with at least 32 bits."""
-    if _is_plain(x, int):  # jax does not hold every Python integer
+    if _is_number(x, int):  # jax does not hold every Python integer
         return int(x)
     check_scalar(name, x, "an integer", Kind.INTEGER)
     if isinstance(x, jax.Array):
@@ -53,11 +53,24 @@ def check_scalar(name: str, x: Leaf, expected: str, *kinds: Kind) -> None:
         raise ValueError(f"{name}: expected a scalar, got shape {list(known.shape)}")
 
 
+def check_accumulator_dtype(accumulator_dtype: DTypeLike) -> DType:
+    """Returns a floating dtype that jax can use."""
+    try:
+        dtype = jnp.dtype(accumulator_dtype)
+    except TypeError:
+        raise TypeError(f"accumulator_dtype: expected a dtype, got {accumulator_dtype!r}") from None
+    if kind_of(dtype) != Kind.FLOAT:
+        raise TypeError(f"accumulator_dtype: expected a floating dtype, got {dtype}")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"accumulator_dtype: {dtype} needs jax_enable_x64")
+    return dtype
+
+
 def check_number(name: str, low: float, high: float) -> Callable[[float], float]:
-    """Returns an attrs converter that takes numbers in [low, high] and returns floats."""
+    """Returns an attrs converter that takes real numbers in [low, high] and returns floats."""
 
     def convert(value: float) -> float:
-        if not _is_plain(value, numbers.Real):
+        if not _is_number(value, numbers.Real):
             raise TypeError(f"{name}: expected a number, got {value!r}")
         if not low <= value <= high:
             raise ValueError(f"{name}: expected a number in [{low:g}, {high:.4g}], got {value}")
@@ -66,18 +79,5 @@ def check_number(name: str, low: float, high: float) -> Callable[[float], float]
     return convert
 
 
-def check_count(name: str) -> Callable[[int], int]:
-    """Returns an attrs converter that takes integers from 1 to 2**31-1."""
-
-    def convert(value: int) -> int:
-        if not _is_plain(value, numbers.Integral):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
-        if not 1 <= value <= INT32_MAX:
-            raise ValueError(f"{name}: expected 1 to 2**31-1, got {value}")
-        return int(value)
-
-    return convert
-
-
-def _is_plain(x: Any, number_type: Any) -> bool:
+def _is_number(x: Any, number_type: Any) -> bool:
     return isinstance(x, number_type) and not isinstance(x, bool)

@@ -1,27 +1,16 @@
 """Kinds of leaves, and the dtypes that they are computed and stored in."""
 
 import enum
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 DType: TypeAlias = np.dtype[Any]
 
-
-class Kind(enum.IntEnum):
-    """The kinds of leaves, from the narrowest to the widest. PRNG keys stand apart."""
-
-    BOOL = 0
-    INTEGER = 1
-    FLOAT = 2
-    COMPLEX = 3
-    KEY = 4
-
-
+# From the narrowest to the widest. PRNG keys stand apart.
+Kind = enum.IntEnum("Kind", ["BOOL", "INTEGER", "FLOAT", "COMPLEX", "KEY"])
 _SCALAR_TYPES = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating, jax.dtypes.prng_key)
 
 
@@ -53,32 +42,10 @@ def arithmetic_dtype(new: DType, old: DType) -> DType:
     return max(candidates, key=lambda dtype: (kind_of(dtype), dtype.itemsize))
 
 
-def storage_dtype(dtype: DType, accumulator_dtype: DType | None) -> DType:
+def storage_dtype(dtype: DType, accumulator: DType | None) -> DType:
     """Returns the dtype that an averaged leaf is stored in."""
-    if accumulator_dtype is None or not is_inexact(dtype):
+    if accumulator is None or not is_inexact(dtype):
         return accumulation_dtype(dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.dtype(jnp.complex128 if accumulator_dtype.itemsize == 8 else jnp.complex64)
-    return accumulator_dtype
-
-
-def check_accumulator_dtype(accumulator_dtype: DTypeLike) -> DType:
-    """Returns a floating dtype that jax can use."""
-    try:
-        dtype = jnp.dtype(accumulator_dtype)
-    except TypeError:
-        raise TypeError(f"accumulator_dtype: expected a dtype, got {accumulator_dtype!r}") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"accumulator_dtype: expected a floating dtype, got {dtype}")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"accumulator_dtype: {dtype} needs jax_enable_x64")
-    return dtype
-
-
-def storage_dtypes(
-    dtypes: Sequence[DType], averaged: Sequence[bool], accumulator_dtype: DTypeLike | None
-) -> list[DType]:
-    """Returns the dtypes that the slow copy is stored in, one for each leaf."""
-    accumulator = None if accumulator_dtype is None else check_accumulator_dtype(accumulator_dtype)
-    leaves = zip(dtypes, averaged, strict=True)
-    return [storage_dtype(dtype, accumulator) if average else dtype for dtype, average in leaves]
+        return jnp.dtype(jnp.complex128 if accumulator.itemsize == 8 else jnp.complex64)
+    return accumulator

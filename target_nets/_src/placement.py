@@ -14,6 +14,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, Sharding
 
+from target_nets._src import trace
 from target_nets._src.leaves import Leaf, find_misfit
 from target_nets._src.shard_alike import shard_alike
 from target_nets._src.trees import PyTree, Tree, jit_argument
@@ -39,9 +40,14 @@ def copy_to_own_buffers(tree: Tree) -> Tree:
 
 
 def place_as(online: Tree, slow: PyTree) -> Tree:
-    """Returns the online tree with its arrays in the shardings of the slow ones, in device memory."""
-    if jax.device_count() == 1 or jax.tree.structure(online) != jax.tree.structure(slow):
-        return online  # if something does not fit, `zip_leaves` will say so
+    """Returns the online tree in the shardings of the slow copy, in device memory.
+
+    Inside a transformation, and on one device, there is nothing to do.
+    """
+    if jax.device_count() == 1 or not trace.is_eager():
+        return online
+    if jax.tree.structure(online) != jax.tree.structure(slow):
+        return online  # `zip_leaves` will say where they differ
     return jax.tree.map(_place_leaf, online, slow)
 
 
@@ -85,10 +91,13 @@ def in_host_memory(x: jax.Array) -> bool:
 def link_shardings(new: Tree, old: Tree) -> Tree:
     """Returns the new arrays, each linked to the old one so that XLA shards both alike on Auto axes.
 
+    In eager Python, and on one device, there is nothing to do.
     The links must not be made inside the package's own compiled functions: all calls of such a function
     share one lowering, and the links would tie the arrays of all calls together.
     """
-    return new if jax.device_count() == 1 else jax.tree.map(_link, new, old)
+    if jax.device_count() == 1 or trace.is_eager():
+        return new
+    return jax.tree.map(_link, new, old)
 
 
 @jax.custom_jvp

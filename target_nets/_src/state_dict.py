@@ -12,45 +12,45 @@ from target_nets._src.checks import INT32_MAX
 from target_nets._src.dtypes import is_key, kind_of
 from target_nets._src.leaves import Leaf, describe, is_leaf
 from target_nets._src.placement import copy_to_own_buffers, sharding_of
-from target_nets._src.state import Settings, State
+from target_nets._src.records import Settings, State
+from target_nets._src.target import AnyTarget, make_target
 from target_nets._src.trees import PyTree, named_children
 
 _SAVED = ("step", "params", "skipped", "compensation")  # a step size is a setting, also as an array
 _COUNTERS = ("step", "skipped")
 
 
-def state_to_dict(state: State, settings: Settings) -> dict[str, Any]:
+def to_state_dict(target: AnyTarget) -> dict[str, Any]:
     """Returns counters as integers and trees as nested dicts of arrays, PRNG keys as their data."""
     return {
         name: _save_count(child) if name in _COUNTERS else _nest(jax.tree.map(_key_data, child))
-        for name, child in _saved_children(state, settings).items()
+        for name, child in _saved_children(*target.__getstate__()).items()
     }
 
 
-def state_from_dict(template: State, settings: Settings, saved: Any, path: str) -> State:
-    """Returns a saved state in the dtypes and shardings of a template.
+def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
+    """Returns a new target with a saved state, in the dtypes and shardings of a template.
 
     Args:
-      template: The state of a target of the same parameters. It may be abstract.
-      settings: The settings of that target.
-      saved: What `state_to_dict` returned, perhaps as decoded from bytes.
-      path: The path of the target in the whole checkpoint, for messages.
+      target: The template, a target of the same parameters. It may be abstract.
+      saved: What `to_state_dict` returned, perhaps as decoded from bytes.
 
     Raises:
       ValueError: The saved state does not fit the template.
     """
-    children = _saved_children(template, settings)
+    settings, state = target.__getstate__()
+    path, children = serialization.current_path(), _saved_children(settings, state)
     _check_keys(children, saved, path)
     for name, child in children.items():
         restore = _restore_count if name in _COUNTERS else _restore_tree
         children[name] = restore(child, saved[name], f"{path}/{name}")
-    is_array = isinstance(template.step_size, jax.Array)
-    return template._replace(
-        **children, step_size=copy_to_own_buffers(template.step_size) if is_array else template.step_size
-    )
+    step_size = state.step_size
+    if isinstance(step_size, jax.Array):
+        step_size = copy_to_own_buffers(step_size)
+    return make_target(type(target), settings, State(**children, step_size=step_size))
 
 
-def _saved_children(state: State, settings: Settings) -> dict[str, PyTree]:
+def _saved_children(settings: Settings, state: State) -> dict[str, PyTree]:
     return {name: getattr(state, name) for name in _SAVED if name in settings.child_names}
 
 

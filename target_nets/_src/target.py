@@ -1,21 +1,14 @@
 """What both classes share: the state and its methods. They differ only in how they are made."""
 
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import attrs
 import jax
-from flax import serialization
 from jax.core import Tracer
-from jax.tree_util import GetAttrKey
 
-from target_nets._src import reading, update
+from target_nets._src import summary, trace, update, views
 from target_nets._src.placement import copy_to_own_buffers
-from target_nets._src.state import Count, Settings, State
-from target_nets._src.state_dict import state_from_dict, state_to_dict
-from target_nets._src.summary import summarize
-from target_nets._src.trace import Trace, current_trace
-from target_nets._src.trees import PyTree
+from target_nets._src.records import Count, Settings, State
 
 P = TypeVar("P")
 
@@ -33,7 +26,7 @@ class Target(Generic[P]):
 
     _settings: Settings
     _state: State
-    _trace: Trace = attrs.field(factory=current_trace)
+    _trace: trace.Trace = attrs.field(factory=trace.current_trace)
 
     if TYPE_CHECKING:  # attrs writes this method
 
@@ -54,7 +47,7 @@ class Target(Generic[P]):
           >>> target.params  # stored in float32, read in bfloat16
           {'w': Array([0, 0], dtype=bfloat16)}
         """
-        return reading.read_params(self._state.slow, self._settings.dtypes)
+        return views.read_params(self._state.slow, self._settings.dtypes)
 
     @property
     def step(self) -> Count:
@@ -128,7 +121,7 @@ class Target(Generic[P]):
         if self._settings.donate and new.params is old.params and not isinstance(new.step, Tracer):
             # No averaging was due. A later update of either target must not donate the other's memory.
             new = new._replace(**copy_to_own_buffers(new.slow)._asdict())
-        return self._replace_state(new)
+        return make_target(type(self), self._settings, new)
 
     def sync(self, online_params: P) -> Self:
         """Copies all online parameters now, whatever the period, the mask and the values. In place.
@@ -173,14 +166,14 @@ class Target(Generic[P]):
           >>> target.distance({"w": 3.0, "b": 4.0})
           Array(5., dtype=float32)
         """
-        return reading.read_distance(self._state, online_params)
+        return views.read_distance(self._state, online_params)
 
     def __repr__(self) -> str:
-        return summarize(type(self).__name__, self._settings, self._state)
+        return summary.summarize(type(self).__name__, self._settings, self._state)
 
     def _check_trace(self, method: str) -> None:
         """Raises if a change in place would be lost, or would leak out of a transformation."""
-        if self._trace != current_trace():
+        if self._trace != trace.current_trace():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: this target was made outside of the function that jax "
                 "is transforming here (jit, scan, vmap, cond, grad, ...). A change in place would be "
@@ -189,18 +182,6 @@ class Target(Generic[P]):
                 "first and update the target outside."
             )
 
-    # Copies and pickles
-
-    def _replace_state(self, state: State) -> Self:
-        """Returns another target with the same settings."""
-        return self._from_fields(self._settings, state)
-
-    @classmethod
-    def _from_fields(cls, settings: Settings, state: State) -> Self:
-        target = object.__new__(cls)
-        target.__attrs_init__(settings, state)
-        return target
-
     def __copy__(self) -> Self:
         # Counters on the host stay there: nobody can write to them.
         return jax.tree.map(lambda x: copy_to_own_buffers(x) if isinstance(x, jax.Array) else x, self)
@@ -208,41 +189,19 @@ class Target(Generic[P]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.__copy__()
 
-    def __reduce__(self) -> tuple[Callable[..., Self], tuple[Settings, list[PyTree]]]:
-        return self.tree_unflatten, (self._settings, self.tree_flatten()[0])
+    def __getstate__(self) -> tuple[Settings, State]:
+        """Returns all that a target is: what a pickle, a pytree and a state dict are made of."""
+        return self._settings, self._state
 
-    # The protocols of jax's pytrees and of flax's state dicts
+    def __setstate__(self, fields: tuple[Settings, State]) -> None:
+        self.__attrs_init__(*fields)
 
-    def tree_flatten(self) -> tuple[list[PyTree], Settings]:
-        """Returns the children of the pytree and its static part."""
-        return self._state.children(self._settings.child_names), self._settings
 
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, PyTree]], Settings]:
-        """Returns the children of the pytree with their keys, and its static part."""
-        names = self._settings.child_names
-        children = self._state.children(names)
-        return [(GetAttrKey(n), child) for n, child in zip(names, children, strict=True)], self._settings
+AnyTarget = TypeVar("AnyTarget", bound=Target[Any])
 
-    @classmethod
-    def tree_unflatten(cls, settings: Settings, children: Iterable[PyTree]) -> Self:
-        """Makes a target of what `tree_flatten` returns. It checks nothing."""
-        named = dict(zip(settings.child_names, children, strict=True))
-        return cls._from_fields(settings, State(**named))
 
-    def to_state_dict(self) -> dict[str, Any]:
-        """Returns what changes while training, as `flax.serialization.to_state_dict` does."""
-        return state_to_dict(self._state, self._settings)
-
-    def from_state_dict(self, state: dict[str, Any]) -> Self:
-        """Returns a new target with a saved state and the settings of this one.
-
-        `flax.serialization.from_state_dict` calls it.
-
-        Args:
-          state: What `to_state_dict` returned.
-
-        Raises:
-          ValueError: The state does not fit this target.
-        """
-        path = serialization.current_path()
-        return self._replace_state(state_from_dict(self._state, self._settings, state, path))
+def make_target(target_class: type[AnyTarget], settings: Settings, state: State) -> AnyTarget:
+    """Makes a target of what `__getstate__` returns. It checks nothing."""
+    target = object.__new__(target_class)
+    target.__setstate__((settings, state))
+    return target

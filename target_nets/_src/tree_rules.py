@@ -12,19 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from target_nets._src import arithmetic, dtypes, placement
-from target_nets._src.checks import check_scalar
-from target_nets._src.compensated import DoubleWord, compensated_lerp
-from target_nets._src.state import COPY_ALL, Count, Rule, SlowCopy, compensation_leaves, next_count
-from target_nets._src.trees import (
-    Names,
-    PyTree,
-    Tree,
-    jit_argument,
-    leaf_path,
-    naming_leaves,
-    zip_leaves,
-)
+from target_nets._src import arithmetic, checks, compensated, dtypes, placement, trees
+from target_nets._src.counts import next_count
+from target_nets._src.records import Count, Rule, Schedule, SlowCopy, compensation_leaves
+from target_nets._src.trees import Names, PyTree, Tree
 
 Result = TypeVar("Result")
 
@@ -38,6 +29,7 @@ def move(
     rule: Rule,
     names: Names,
     *,
+    is_due: jax.Array | None = None,
     skipped: Count | None = None,
     step_size: ArrayLike | None = None,
     n: Count | None = None,
@@ -50,6 +42,7 @@ def move(
       slow: The slow copy, of the same structure and shapes.
       rule: Which leaves to average, and the step size if it is a number or a schedule.
       names: What to call both trees in messages.
+      is_due: Whether to do anything at all, where the device decides it.
       skipped: How many averagings were skipped so far, or None if none is to be skipped.
       step_size: The step size if it is an array, else None.
       n: How many averagings were due before this one. Only schedules need it.
@@ -58,23 +51,16 @@ def move(
     Returns:
       The new slow copy and the new count of skipped averagings.
     """
-    online = jit_argument(online)
-    with naming_leaves(online, slow.params, names):
+    online = trees.jit_argument(online)
+    with trees.naming_leaves(online, slow.params, names):
         compiled = _donating_move if donate else _move
-        return compiled(online, slow, skipped, step_size, n, rule=rule, names=names)
-
-
-def copy_if_due(new: PyTree, old: Tree, steps: ArrayLike, update_period: ArrayLike) -> Tree:
-    """Copies all leaves if the steps are a multiple of the period. The device decides it."""
-    new = jit_argument(new)
-    with naming_leaves(new, old, TENSORS):
-        return _copy_if_due(new, old, steps, update_period)
+        return compiled(online, slow, is_due, skipped, step_size, n, rule=rule, names=names)
 
 
 def add(updates: PyTree, params: Tree) -> Tree:
     """Adds the updates to the parameters."""
-    updates = jit_argument(updates)
-    with naming_leaves(updates, params, UPDATES):
+    updates = trees.jit_argument(updates)
+    with trees.naming_leaves(updates, params, UPDATES):
         return _add(updates, params)
 
 
@@ -84,6 +70,7 @@ def add(updates: PyTree, params: Tree) -> Tree:
 def _move_leaves(
     online: PyTree,
     slow: SlowCopy,
+    is_due: jax.Array | None,
     skipped: jax.Array | None,
     step_size: jax.Array | None,
     n: jax.Array | None,
@@ -91,14 +78,19 @@ def _move_leaves(
     rule: Rule,
     names: Names,
 ) -> tuple[SlowCopy, jax.Array | None]:
-    pairs, treedef = zip_leaves(online, slow.params, names)
+    if is_due is not None:
+        due = partial(_move_leaves, online, slow, None, skipped, step_size, n, rule=rule, names=names)
+        return lax.cond(is_due, due, lambda: (slow, skipped))
+    pairs, treedef = trees.zip_leaves(online, slow.params, names)
     averaged = rule.averaged if isinstance(rule.averaged, tuple) else [rule.averaged] * len(pairs)
-    rate = _step_size_now(rule, step_size, n, skipped)
-    lerp, compensated = _trace_once(arithmetic.lerp, rate), _trace_once(compensated_lerp, rate)
+    rate = _call_schedule(rule.step_size, n, skipped) if callable(rule.step_size) else rule.step_size
+    lerp, compensated_lerp = (
+        _trace_once(leaf_rule, rate if step_size is None else step_size)
+        for leaf_rule in (arithmetic.lerp, compensated.compensated_lerp)
+    )
     finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
 
-    params: list[jax.Array] = []
-    errors: list[jax.Array | None] = []
+    moved: list[tuple[jax.Array, jax.Array | None]] = []
     for (new, old), old_error, average in zip(pairs, compensation_leaves(slow), averaged, strict=True):
         new = placement.shard_as(new, old)
         new = new if finite is None else arithmetic.zero_unless(finite, new)
@@ -108,35 +100,29 @@ def _move_leaves(
         elif error is None:
             after = lerp(new, value), None
         else:
-            after = tuple(compensated(new, DoubleWord(value, error)))
+            after = compensated_lerp(new, value, error)
         if finite is not None:
             after = jax.tree.map(partial(lax.select, finite), after, before)
-        value, error = placement.to_memory_of(old, after)
-        params.append(value)
-        errors.append(error)
+        moved.append(placement.to_memory_of(old, after))
 
-    if skipped is not None and finite is not None:
+    if finite is not None:
         skipped = jnp.where(finite, skipped, next_count(skipped, 1))
+    params, errors = ([leaf[i] for leaf in moved] for i in range(2))
     compensation = None if slow.compensation is None else treedef.unflatten(errors)
     return SlowCopy(treedef.unflatten(params), compensation), skipped
 
 
-def _step_size_now(
-    rule: Rule, step_size: jax.Array | None, n: jax.Array | None, skipped: jax.Array | None
-) -> ArrayLike | None:
-    """Returns the step size of this averaging: an array, a number, or what the schedule returns."""
-    if not callable(rule.step_size):
-        return rule.step_size if step_size is None else step_size
-    n = n if skipped is None else jnp.maximum(n - skipped, 0)
-    rate = rule.step_size(n)
-    name = "step_size, as the schedule returned it"
-    check_scalar(name, rate, "a real scalar", dtypes.Kind.INTEGER, dtypes.Kind.FLOAT)
-    return jnp.asarray(rate)
+def _call_schedule(schedule: Schedule, n: jax.Array, skipped: jax.Array | None) -> jax.Array:
+    """Returns the step size after the averagings that were done: those due less those skipped."""
+    step_size = schedule(n if skipped is None else jnp.maximum(n - skipped, 0))
+    name, kinds = "step_size, as the schedule returned it", (dtypes.Kind.INTEGER, dtypes.Kind.FLOAT)
+    checks.check_scalar(name, step_size, "a real scalar", *kinds)
+    return jnp.asarray(step_size)
 
 
-def _trace_once(rule: Callable[..., Result], step_size: ArrayLike | None) -> Callable[..., Result]:
-    """Returns the rule at a step size. All leaves of one shape share one trace of it."""
-    return jax.jit(partial(rule, step_size=step_size))
+def _trace_once(leaf_rule: Callable[..., Result], step_size: ArrayLike | None) -> Callable[..., Result]:
+    """Returns the rule for a leaf at a step size. All leaves of one shape share one trace of it."""
+    return jax.jit(partial(leaf_rule, step_size=step_size))
 
 
 _move = jax.jit(_move_leaves, static_argnames=("rule", "names"))
@@ -147,15 +133,9 @@ _donating_move = jax.jit(
 
 
 @jax.jit
-def _copy_if_due(new: PyTree, old: PyTree, steps: jax.Array, update_period: jax.Array) -> PyTree:
-    is_due = steps % jnp.maximum(update_period, 1) == 0
-    return lax.cond(is_due, lambda: move(new, SlowCopy(old), COPY_ALL, TENSORS)[0].params, lambda: old)
-
-
-@jax.jit
 def _add(updates: PyTree, params: PyTree) -> PyTree:
-    pairs, treedef = zip_leaves(updates, params, UPDATES)
+    pairs, treedef = trees.zip_leaves(updates, params, UPDATES)
     for index, (_, param) in enumerate(pairs):
         if dtypes.is_key(param.dtype):
-            raise TypeError(f"updates{leaf_path(updates, index)}: a PRNG key takes no update")
+            raise TypeError(f"updates{trees.leaf_path(updates, index)}: a PRNG key takes no update")
     return treedef.unflatten([arithmetic.add(update, param) for update, param in pairs])

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath, PyTreeDef, keystr, tree_flatten_with_path
 
-from target_nets._src import leaves
-from target_nets._src.leaves import describe
+from target_nets._src.leaves import Leaf, array_type, describe, find_misfit, is_leaf
 
 PyTree: TypeAlias = Any  # jax's trees have no type of their own
 Tree = TypeVar("Tree")
@@ -27,7 +26,7 @@ class Names(NamedTuple):
     old: str
 
 
-def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Any, Any]], PyTreeDef]:
+def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf, Leaf]], PyTreeDef]:
     """Returns the pairs of leaves of two trees and their treedef, or raises where the trees differ.
 
     Inside jit this runs while tracing and costs nothing afterwards.
@@ -40,7 +39,7 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Any, 
         raise ValueError(_mismatch(names, keystr(first.path), first.new, first.old)) from None
     pairs = list(zip(new_leaves, old_leaves, strict=True))
     for index, (x, y) in enumerate(pairs):
-        if (error := leaves.find_misfit(x, y)) is not None:
+        if (error := find_misfit(x, y)) is not None:
             raise error(_mismatch(names, leaf_path(new, index), describe(x), describe(y))) from None
     return pairs, treedef
 
@@ -78,14 +77,11 @@ def copy_nones(tree: PyTree, reference: PyTree) -> PyTree:
     return tree
 
 
-def array_types(tree: PyTree, name: str) -> list[leaves.ArrayType]:
-    """Returns the shapes and dtypes of all leaves, or raises if one of them is no array."""
-    types: list[leaves.ArrayType] = []
+def check_arrays(tree: PyTree, name: str) -> None:
+    """Raises a TypeError if a leaf is no array."""
     for index, leaf in enumerate(jax.tree.leaves(tree)):
-        if (known := leaves.array_type(leaf)) is None:
+        if array_type(leaf) is None:
             raise TypeError(f"{name}{leaf_path(tree, index)}: expected an array, got {describe(leaf)}")
-        types.append(known)
-    return types
 
 
 def leaf_path(tree: PyTree, index: int) -> str:
@@ -107,17 +103,17 @@ class _Difference(NamedTuple):
 
 
 def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[_Difference]:
-    if leaves.is_leaf(new) and leaves.is_leaf(old):
+    if is_leaf(new) and is_leaf(old):
         return
-    new_children, new_node = _children(new)
-    old_children, old_node = _children(old)
+    (new_children, new_node), (old_children, old_node) = _children(new), _children(old)
     if type(new) is not type(old):
         yield _Difference(path, describe(new), describe(old))
     elif new_children.keys() != old_children.keys():
-        for key in [key for key in old_children if key not in new_children]:
-            yield _Difference((*path, *key), "nothing", describe(old_children[key]))
-        for key in [key for key in new_children if key not in old_children]:
-            yield _Difference((*path, *key), describe(new_children[key]), "nothing")
+        for key in old_children | new_children:
+            if (key in new_children) != (key in old_children):
+                both = new_children, old_children
+                got, expected = (describe(c[key]) if key in c else "nothing" for c in both)
+                yield _Difference((*path, *key), got, expected)
     elif new_node != old_node:
         static = f"{describe(new)} with other static data (settings, or train or eval mode)"
         yield _Difference(path, static, describe(old))

@@ -1,66 +1,55 @@
 """One update: count it and, where one is due, average the slow copy in one compiled call."""
 
-from jax import lax
+import jax
 from jax.core import Tracer
 
-from target_nets._src import state as states
-from target_nets._src.placement import link_shardings, place_as
-from target_nets._src.state import COPY_ALL, Count, Rule, Settings, SlowCopy, State
-from target_nets._src.trace import is_eager
-from target_nets._src.tree_rules import move
-from target_nets._src.trees import Names, PyTree, zip_leaves
+from target_nets._src import placement, records, trace, tree_rules, trees
+from target_nets._src.counts import host_count, next_count
+from target_nets._src.records import Count, Rule, Settings, State
+from target_nets._src.trees import PyTree
 
-NAMES = Names("online_params", "the slow copy")
+NAMES = trees.Names("online_params", "the slow copy")
 
 
 def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -> State:
     """Returns the state after one more update. With `donate` the old slow copy can no longer be read."""
-    states.check_is_one_target(state, "update")
-    period = settings.update_period
-    if isinstance(state.step, Tracer):
-        return _advance_traced(state, online, settings.rule, period)
-    # A step that has been through jit is on the device. Reading it waits for the device, once.
-    step = states.next_count(int(state.step), period)
-    slow, skipped = state.slow, state.skipped
-    if step % period == 0:
-        # Only schedules need n, and in eager Python each transfer to the device takes time.
-        n = states.host_count(step // period - 1) if callable(settings.rule.step_size) else None
-        slow, skipped = _move(state, online, settings.rule, n, skipped, donate)
+    records.check_is_one_target(state, "update")
+    is_traced, period = isinstance(state.step, Tracer), settings.update_period
+    # A step that has been through jit is on the device. Reading it in Python waits for it, once.
+    step = next_count(state.step if is_traced else int(state.step), period)
+    is_due = step % period == 0
+    if is_traced:
+        is_due = is_due if period > 1 else None
+        after = _move(state, online, settings.rule, step // period - 1, is_due, donate)
+        return after._replace(step=step, is_checked=True)
+    if is_due:
+        state = _move(state, online, settings.rule, host_count(step // period - 1), None, donate)
     elif not state.is_checked:
-        zip_leaves(online, state.params, NAMES)
-    return State(slow.params, states.host_count(step), skipped, slow.compensation, state.step_size, True)
-
-
-def _advance_traced(state: State, online: PyTree, rule: Rule, period: int) -> State:
-    """Does the same where a transformation traces the step."""
-    step = states.next_count(state.step, period)
-
-    def average() -> tuple[SlowCopy, Count | None]:
-        n = step // period - 1
-        return _move(state, online, rule, n, state.skipped, donate=False)
-
-    if period == 1:
-        slow, skipped = average()
-    else:
-        slow, skipped = lax.cond(step % period == 0, average, lambda: (state.slow, state.skipped))
-    return State(slow.params, step, skipped, slow.compensation, state.step_size, True)
+        trees.zip_leaves(online, state.params, NAMES)
+    return state._replace(step=host_count(step), is_checked=True)
 
 
 def sync(state: State, online: PyTree, *, donate: bool) -> State:
     """Returns the state after a copy of all leaves. The counters stay as they are."""
-    states.check_is_not_abstract(state, "sync")
-    slow, _ = _move(state, online, COPY_ALL, None, None, donate)
-    return state._replace(**slow._asdict(), is_checked=True)
+    records.check_is_not_abstract(state, "sync")
+    after = _move(state._replace(skipped=None), online, records.COPY_ALL, None, None, donate)
+    return after._replace(skipped=state.skipped, is_checked=True)
 
 
 def _move(
-    state: State, online: PyTree, rule: Rule, n: Count | None, skipped: Count | None, donate: bool
-) -> tuple[SlowCopy, Count | None]:
+    state: State, online: PyTree, rule: Rule, n: Count | None, is_due: jax.Array | None, donate: bool
+) -> State:
     """Applies the rule where the slow copy is, and leaves the results there."""
-    eager, slow = is_eager(), state.slow
-    online = place_as(online, slow.params) if eager else online
-    donate = donate and eager
-    after, skipped = move(
-        online, slow, rule, NAMES, skipped=skipped, step_size=state.step_size, n=n, donate=donate
+    slow, skipped = tree_rules.move(
+        placement.place_as(online, state.params),
+        state.slow,
+        rule,
+        NAMES,
+        is_due=is_due,
+        skipped=state.skipped,
+        step_size=state.step_size,
+        n=n if callable(rule.step_size) else None,  # in eager Python, a transfer to the device
+        donate=donate and trace.is_eager(),
     )
-    return (after if eager else link_shardings(after, slow)), skipped
+    slow = placement.link_shardings(slow, state.slow)
+    return state._replace(params=slow.params, compensation=slow.compensation, skipped=skipped)

@@ -1,23 +1,23 @@
 """What a target holds: settings that are fixed when it is made, and the state that updates replace."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from target_nets._src.checks import INT32_MAX, check_update_period
+from target_nets._src.checks import check_count
 from target_nets._src.dtypes import DType
 from target_nets._src.trees import PyTree
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 Count: TypeAlias = jax.Array | np.ndarray[Any, np.dtype[np.int32]]
 
-_is_bool = attrs.validators.instance_of(bool)
+_is_bool, is_int = attrs.validators.instance_of(bool), attrs.validators.instance_of(int)
 
 
 @attrs.frozen(cache_hash=True)
@@ -38,13 +38,6 @@ class Rule:
 AVERAGE_ALL, COPY_ALL = Rule(averaged=True), Rule(averaged=False)
 
 
-def _python_period(update_period: int) -> int:
-    period = check_update_period(update_period)
-    if not isinstance(period, int):
-        raise TypeError("update_period: expected a Python integer, got a jax.Array")
-    return period
-
-
 @attrs.frozen(cache_hash=True)
 class Settings:
     """What is fixed when a target is made. It is code, not state: the static part of the pytree.
@@ -60,7 +53,7 @@ class Settings:
     """
 
     rule: Rule
-    update_period: int = attrs.field(converter=_python_period)
+    update_period: int = attrs.field(converter=partial(check_count, "update_period"), validator=is_int)
     donate: bool = attrs.field(validator=_is_bool)
     dtypes: tuple[DType, ...] | None = None
     compensated: bool = attrs.field(default=False, validator=_is_bool)
@@ -111,9 +104,13 @@ class State(NamedTuple):
         """The arrays that an averaging replaces."""
         return SlowCopy(self.params, self.compensation)
 
-    def children(self, names: tuple[str, ...]) -> list[PyTree]:
-        """Returns the fields of these names."""
-        return [getattr(self, name) for name in names]
+
+def compensation_leaves(slow: SlowCopy) -> list[jax.Array | None]:
+    """Returns the rounding errors leaf by leaf, with None where there is none."""
+    treedef = jax.tree.structure(slow.params)
+    if slow.compensation is None:
+        return [None] * treedef.num_leaves
+    return treedef.flatten_up_to(slow.compensation)
 
 
 def check_is_one_target(state: State, method: str) -> None:
@@ -125,37 +122,11 @@ def check_is_one_target(state: State, method: str) -> None:
 
 
 def check_is_not_abstract(state: State, method: str) -> None:
-    """Raises if a target holds shapes and dtypes instead of arrays."""
-    if isinstance(state.step, jax.ShapeDtypeStruct):
+    """Raises if a target, or only its step size, is abstract: shapes and dtypes in place of arrays."""
+    abstract = [isinstance(x, jax.ShapeDtypeStruct) for x in (state.step, state.step_size)]
+    if abstract[0]:
         raise TypeError(f"{method}: this target is abstract, from jax.eval_shape; restore it first")
-    if isinstance(state.step_size, jax.ShapeDtypeStruct):
+    if abstract[1]:
         raise TypeError(
             f"{method}: the step size is abstract and was not saved; restore into a target with it"
         )
-
-
-def compensation_leaves(slow: SlowCopy) -> list[jax.Array | None]:
-    """Returns the rounding errors leaf by leaf, with None where there is none."""
-    treedef = jax.tree.structure(slow.params)
-    if slow.compensation is None:
-        return [None] * treedef.num_leaves
-    return treedef.flatten_up_to(slow.compensation)
-
-
-def host_count(count: int) -> Count:
-    """Returns a count as a 0-d int32 array on the host that nobody can write to."""
-    array = np.array(count, np.int32)
-    array.setflags(write=False)
-    return array
-
-
-def next_count(count: Any, period: int) -> Any:
-    """Returns the count after this one: an int for an int, and a jax array for an array.
-
-    It stays within int32. After the largest multiple of the period it goes back by one period, so that
-    the period is kept and a schedule holds its last value.
-    """
-    last = INT32_MAX // period * period
-    if isinstance(count, int):
-        return count + 1 - period * (count >= last)
-    return jnp.where(count >= last, count + 1 - period, count + 1)

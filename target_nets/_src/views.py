@@ -5,12 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from target_nets._src import dtypes
-from target_nets._src.arithmetic import cast
-from target_nets._src.placement import place_as, shard_as, to_device_memory, to_memory_of
-from target_nets._src.state import SlowCopy, State, check_is_one_target, compensation_leaves
-from target_nets._src.trace import is_eager
-from target_nets._src.trees import PyTree, jit_argument, naming_leaves, zip_leaves
+from target_nets._src import arithmetic, dtypes, placement, records, trees
+from target_nets._src.records import SlowCopy, State, compensation_leaves
+from target_nets._src.trees import PyTree
 from target_nets._src.update import NAMES
 
 
@@ -26,9 +23,9 @@ def read_params(slow: SlowCopy, param_dtypes: tuple[dtypes.DType, ...] | None) -
 
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
-    check_is_one_target(state, "distance")
-    online = jit_argument(place_as(online, state.params) if is_eager() else online)
-    with naming_leaves(online, state.params, NAMES):
+    records.check_is_one_target(state, "distance")
+    online = trees.jit_argument(placement.place_as(online, state.params))
+    with trees.naming_leaves(online, state.params, NAMES):
         return _distance(online, state.slow)
 
 
@@ -43,29 +40,26 @@ def _cast_leaf(stored: jax.Array, error: jax.Array | None, dtype: dtypes.DType) 
     """Returns a slow leaf in another dtype. A compensated one is summed before it is rounded."""
     if stored.dtype == dtype:
         return stored
-    value, error = to_device_memory((stored, error))
+    value, error = placement.to_device_memory((stored, error))
     if error is not None:
         wide = dtypes.arithmetic_dtype(value.dtype, dtype)
         value = value.astype(wide) + error.astype(wide)
-    return to_memory_of(stored, value.astype(dtype))
+    return placement.to_memory_of(stored, value.astype(dtype))
 
 
 @jax.jit
 def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
-    pairs, _ = zip_leaves(online, slow.params, NAMES)
-    gaps = [
-        _difference(new, old, error)
-        for (new, old), error in zip(pairs, compensation_leaves(slow), strict=True)
-        if dtypes.is_inexact(old.dtype)
-    ]
+    pairs, _ = trees.zip_leaves(online, slow.params, NAMES)
+    leaves = zip(pairs, compensation_leaves(slow), strict=True)
+    gaps = [_gap(*pair, error) for pair, error in leaves if dtypes.is_inexact(pair[1].dtype)]
     total = jnp.asarray(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), 0.0))
     # The derivative of the square root is infinite at 0. That of this one is 0 there.
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)
 
 
-def _difference(new: jax.Array, old: jax.Array, error: jax.Array | None) -> jax.Array:
+def _gap(new: jax.Array, old: jax.Array, error: jax.Array | None) -> jax.Array:
     """Returns how far an online leaf is from the slow one, in at least float32."""
-    new, (old, error) = shard_as(new, old), to_device_memory((old, error))
+    new, (old, error) = placement.shard_as(new, old), placement.to_device_memory((old, error))
     dtype = dtypes.arithmetic_dtype(new.dtype, old.dtype)
-    gap = cast(new, dtype) - cast(old, dtype)
+    gap = arithmetic.cast(new, dtype) - arithmetic.cast(old, dtype)
     return gap if error is None else gap - error.astype(dtype)
