@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from target_nets import schedules
-from target_nets._src import arithmetic, dtypes, leaves, placement, trees
+from target_nets._src import arithmetic, dtypes, placement, trees
 
 __all__ = ["reconstruct", "solve_weights"]
 
@@ -148,7 +148,7 @@ def reconstruct(
     stored: list[Any] = list(snapshots)
     for index, snapshot in enumerate(stored):
         if not isinstance(snapshot, tuple) or len(snapshot) != 3:
-            got = leaves.describe(snapshot)
+            got = trees.describe(snapshot)
             raise TypeError(f"snapshots[{index}]: expected a tuple (step, gamma, params), got {got}")
     steps, gammas = _check_profiles([x[0] for x in stored], [x[1] for x in stored])
     end = _check_end("step", steps.max() if step is None else step, steps)
@@ -180,7 +180,7 @@ class _WeightedSum:
     def add(self, weight: float, params: Any, index: int, *, is_nearest: bool) -> None:
         """Adds the parameters of a snapshot, or those that a function loads."""
         # A module may be callable, too, but it is a node.
-        tree = params() if callable(params) and leaves.is_leaf(params) else params
+        tree = params() if callable(params) and trees.is_leaf(params) else params
         if self.template is None:
             trees.check_arrays(tree, f"snapshots[{index}]")
             self.template = jax.tree.map(_without_memory, tree)
@@ -205,7 +205,7 @@ class _WeightedSum:
 
 
 def _without_memory(x: Any) -> Any:
-    known = leaves.array_type(x)
+    known = trees.array_type(x)
     return x if dtypes.is_key(known.dtype) else np.broadcast_to(np.zeros((), known.dtype), known.shape)
 
 

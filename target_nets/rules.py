@@ -6,11 +6,10 @@ problem. Each docstring says what differs from optax: dtypes are kept, shapes an
 exactly, and no result shares memory with the online tensors.
 """
 
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from target_nets._src import checks, trees
-from target_nets._src.records import AVERAGE_ALL, COPY_ALL, SlowCopy
+from target_nets._src.state import AVERAGE_ALL, COPY_ALL, SlowCopy
 from target_nets._src.tree_rules import TENSORS, add, move
 from target_nets._src.trees import PyTree, Tree
 
@@ -122,11 +121,10 @@ def periodic_update(
     steps = checks.check_integer("steps", steps)
     update_period = checks.check_count("update_period", update_period)
     if isinstance(steps, int) and isinstance(update_period, int):
-        is_due = None
         if steps % update_period != 0:
             trees.zip_leaves(new_tensors, old_tensors, TENSORS)
             return old_tensors
-    else:
-        is_due = steps % jnp.maximum(update_period, 1) == 0
+        slow = SlowCopy(trees.jit_argument(old_tensors))
+        return move(new_tensors, slow, COPY_ALL, TENSORS)[0].params
     slow = SlowCopy(trees.jit_argument(old_tensors))
-    return move(new_tensors, slow, COPY_ALL, TENSORS, is_due=is_due)[0].params
+    return move(new_tensors, slow, COPY_ALL, TENSORS, steps=steps, period=update_period)[0].params

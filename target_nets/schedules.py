@@ -22,7 +22,6 @@ Example:
 """
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -31,8 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from target_nets._src.checks import check_count, check_number
-from target_nets._src.records import is_int
+from target_nets._src.checks import check_number, check_python_count
 
 __all__ = [
     "bias_corrected",
@@ -74,7 +72,7 @@ class cosine:
     """
 
     base_step_size: float = attrs.field(converter=check_number("base_step_size", 0, 1))
-    total_steps: int = attrs.field(converter=partial(check_count, "total_steps"), validator=is_int)
+    total_steps: int = attrs.field(converter=check_python_count("total_steps"))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """The step size of the averaging after n others."""

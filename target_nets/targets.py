@@ -17,10 +17,9 @@ from typing import TypeVar, final
 
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import construct, pytree
-from target_nets._src.counts import host_count
-from target_nets._src.records import COPY_ALL, Count, Rule, Schedule, Settings, State
-from target_nets._src.target import Target
+from target_nets._src import construct
+from target_nets._src.state import COPY_ALL, Count, Rule, Schedule, Settings, State, host_count
+from target_nets._src.target import Target, register_pytree
 
 __all__ = ["EMATarget", "PeriodicTarget"]
 
@@ -178,5 +177,5 @@ class PeriodicTarget(Target[P]):
         self.__attrs_init__(Settings(COPY_ALL, update_period, donate), State(slow, host_count(0)))
 
 
-pytree.register(EMATarget)
-pytree.register(PeriodicTarget)
+register_pytree(EMATarget)
+register_pytree(PeriodicTarget)

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from target_nets._src.dtypes import DType, Kind, kind_of
-from target_nets._src.leaves import Leaf, array_type, describe
+from target_nets._src.trees import Leaf, array_type, describe
 
 INT32_MAX = 2**31 - 1
 
 
-def check_step_size(step_size: ArrayLike) -> float | jax.Array:
+def check_step_size(step_size: Leaf) -> float | jax.Array:
     """Returns a jax array as it is, and any other step size as a float in [0, 1]."""
     if not _is_number(step_size, int | float):
         check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT)
@@ -26,7 +26,7 @@ def check_step_size(step_size: ArrayLike) -> float | jax.Array:
     return float(step_size)
 
 
-def check_count(name: str, count: ArrayLike) -> int | jax.Array:
+def check_count(name: str, count: Leaf) -> int | jax.Array:
     """Returns an integer. Unless it is a jax array, it lies between 1 and 2**31-1."""
     count = check_integer(name, count)
     if isinstance(count, int) and not 1 <= count <= INT32_MAX:
@@ -34,7 +34,7 @@ def check_count(name: str, count: ArrayLike) -> int | jax.Array:
     return count
 
 
-def check_integer(name: str, x: ArrayLike) -> int | jax.Array:
+def check_integer(name: str, x: Leaf) -> int | jax.Array:
     """Returns a Python or NumPy integer as an int, and a jax array with at least 32 bits."""
     if _is_number(x, int):  # jax does not hold every Python integer
         return int(x)
@@ -48,7 +48,8 @@ def check_scalar(name: str, x: Leaf, expected: str, *kinds: Kind) -> None:
     """Raises unless a leaf is a scalar of one of these kinds."""
     known = array_type(x)
     if known is None or kind_of(known.dtype) not in kinds:
-        raise TypeError(f"{name}: expected {expected}, got {describe(x)}")
+        got = repr(x) if isinstance(x, bool | float | complex) else describe(x)
+        raise TypeError(f"{name}: expected {expected}, got {got}")
     if known.shape:
         raise ValueError(f"{name}: expected a scalar, got shape {list(known.shape)}")
 
@@ -75,6 +76,18 @@ def check_number(name: str, low: float, high: float) -> Callable[[float], float]
         if not low <= value <= high:
             raise ValueError(f"{name}: expected a number in [{low:g}, {high:.4g}], got {value}")
         return float(value)
+
+    return convert
+
+
+def check_python_count(name: str) -> Callable[[int], int]:
+    """Returns an attrs converter that takes integers from 1 to 2**31-1 that Python knows."""
+
+    def convert(value: int) -> int:
+        count = check_count(name, value)
+        if not isinstance(count, int):
+            raise TypeError(f"{name}: expected a Python integer, got a jax.Array")
+        return count
 
     return convert
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import KeyPath, keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_map_with_path
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import checks, counts, dtypes, leaves, placement, trees
-from target_nets._src.records import Count, Schedule
+from target_nets._src import checks, dtypes, placement, trees
+from target_nets._src.state import Count, Schedule, host_count
 from target_nets._src.trees import PyTree, Tree
 
 Mask: TypeAlias = (
@@ -22,7 +22,7 @@ Mask: TypeAlias = (
 def leaf_dtypes(params: PyTree) -> list[dtypes.DType]:
     """Returns the dtypes of the parameters as jax canonicalizes them. Raises if a leaf is no array."""
     trees.check_arrays(params, "params")
-    return [leaves.array_type(x).dtype for x in jax.tree.leaves(params)]
+    return [trees.array_type(x).dtype for x in jax.tree.leaves(params)]
 
 
 def storage_dtypes(
@@ -58,26 +58,28 @@ def zero_counter(slow: PyTree) -> Count:
     """Returns a counter that starts where updates will leave it: on the devices of the slow copy."""
     shardings = [sharding for x in jax.tree.leaves(slow) if (sharding := placement.sharding_of(x))]
     if not shardings:
-        return counts.host_count(0)
+        return host_count(0)
     first = shardings[0]
     replicated = (
         NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
     )
-    return jax.device_put(counts.host_count(0), replicated)
+    return jax.device_put(host_count(0), replicated)
 
 
 def resolve_mask(mask: Mask, params: PyTree) -> tuple[bool, ...]:
     """Returns which leaves to average, one boolean for each."""
-    if callable(mask) and leaves.is_leaf(mask):  # a Module of booleans is callable, too, but is a node
+    if mask is None:
+        mask = True
+    elif callable(mask) and trees.is_leaf(mask):  # a Module of booleans is callable, too, but is a node
         mask = mask(params)
 
-    def spread(path: KeyPath, value: object, branch: PyTree) -> list[bool]:
+    def spread(path: trees.KeyPath, value: object, branch: PyTree) -> list[bool]:
         if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"mask{keystr(path)}: expected a boolean, got {leaves.describe(value)}")
+            raise TypeError(f"mask{keystr(path)}: expected a boolean, got {trees.describe(value)}")
         return [bool(value)] * jax.tree.structure(branch).num_leaves
 
     try:
-        spread_mask = tree_map_with_path(spread, True if mask is None else mask, params)
+        spread_mask = tree_map_with_path(spread, mask, params)
     except ValueError as error:
         raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
     return tuple(jax.tree.leaves(spread_mask))

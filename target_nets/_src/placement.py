@@ -15,9 +15,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Sharding
 
 from target_nets._src import trace
-from target_nets._src.leaves import Leaf, find_misfit
 from target_nets._src.shard_alike import shard_alike
-from target_nets._src.trees import PyTree, Tree, jit_argument
+from target_nets._src.trees import Leaf, PyTree, Tree, find_misfit, jit_argument
 
 Arrays = TypeVar("Arrays")  # a tree of the arrays that belong to one slow leaf
 

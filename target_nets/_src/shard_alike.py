@@ -33,7 +33,7 @@ def _batch(
     return shard_alike(jnp.moveaxis(new, new_axis, old_axis), old), old_axis
 
 
-def _lower(context: Any, new: ir.Value, old: ir.Value) -> list[ir.Value]:
+def _lower(context: Any, new: Any, old: Any) -> list[Any]:
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         return [new]
     # Each module counts its groups anew. So a program is the same whatever was traced before it, and

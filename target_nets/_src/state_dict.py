@@ -10,17 +10,16 @@ from jax.core import Tracer
 
 from target_nets._src.checks import INT32_MAX
 from target_nets._src.dtypes import is_key, kind_of
-from target_nets._src.leaves import Leaf, describe, is_leaf
 from target_nets._src.placement import copy_to_own_buffers, sharding_of
-from target_nets._src.records import Settings, State
-from target_nets._src.target import AnyTarget, make_target
-from target_nets._src.trees import PyTree, named_children
+from target_nets._src.state import Settings, State
+from target_nets._src.target import AnyTarget, Target, make_target
+from target_nets._src.trees import Leaf, PyTree, describe, is_leaf, named_children
 
 _SAVED = ("step", "params", "skipped", "compensation")  # a step size is a setting, also as an array
 _COUNTERS = ("step", "skipped")
 
 
-def to_state_dict(target: AnyTarget) -> dict[str, Any]:
+def to_state_dict(target: Target[Any]) -> dict[str, Any]:
     """Returns counters as integers and trees as nested dicts of arrays, PRNG keys as their data."""
     return {
         name: _save_count(child) if name in _COUNTERS else _nest(jax.tree.map(_key_data, child))

@@ -6,29 +6,29 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from target_nets._src.leaves import describe
-from target_nets._src.records import Settings, State
+from target_nets._src.state import Settings, State
+from target_nets._src.trees import describe
 
 
 def summarize(name: str, settings: Settings, state: State) -> str:
     """Returns class, step, settings, and the number of arrays, parameters and bytes."""
     averaged, step_size = settings.rule.averaged, settings.rule.step_size
+    parts: dict[str, object] = {"step": state.step}
+    if settings.skip_nonfinite:
+        parts["skipped"] = state.skipped
+    if averaged is not False:
+        parts["step_size"] = state.step_size if settings.step_size_is_array else step_size
+    parts["update_period"] = settings.update_period
+    if isinstance(averaged, tuple):
+        parts["averaged"] = f"{sum(averaged)} of {len(averaged)}"
+    parts |= {switch: True for switch in ("compensated", "donate") if getattr(settings, switch)}
     params, errors = jax.tree.leaves(state.params), jax.tree.leaves(state.compensation)
     both = [*params, *errors]
-    parts: dict[str, object] = {
-        "step": state.step,
-        "skipped": state.skipped,
-        "step_size": state.step_size if step_size is None else step_size,
-        "update_period": settings.update_period,
-        "averaged": f"{sum(averaged)} of {len(averaged)}" if isinstance(averaged, tuple) else None,
-        "compensated": settings.compensated or None,
-        "donate": settings.donate or None,
-    }
     if all(hasattr(x, "shape") and hasattr(x, "dtype") for x in both):  # jax and nnx pass stand-ins, too
         parts["arrays"] = len(params)
         parts["parameters"] = sum(math.prod(x.shape) for x in params)
         parts["bytes"] = sum(math.prod(x.shape) * x.dtype.itemsize for x in both)
-    return f"{name}({', '.join(f'{k}={_brief(v)}' for k, v in parts.items() if v is not None)})"
+    return f"{name}({', '.join(f'{key}={_brief(value)}' for key, value in parts.items())})"
 
 
 def _brief(value: object) -> str:

@@ -1,14 +1,19 @@
 """What both classes share: the state and its methods. They differ only in how they are made."""
 
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import attrs
 import jax
+from flax import nnx
 from jax.core import Tracer
+from jax.tree_util import GetAttrKey
 
 from target_nets._src import summary, trace, update, views
 from target_nets._src.placement import copy_to_own_buffers
-from target_nets._src.records import Count, Settings, State
+from target_nets._src.state import Count, Settings, State
+from target_nets._src.trees import PyTree
 
 P = TypeVar("P")
 
@@ -205,3 +210,31 @@ def make_target(target_class: type[AnyTarget], settings: Settings, state: State)
     target = object.__new__(target_class)
     target.__setstate__((settings, state))
     return target
+
+
+# As jax pytrees with named keys, and as data of flax.nnx
+
+
+def register_pytree(target_class: type[Target[Any]]) -> None:
+    """Registers a class of targets."""
+    unflatten = partial(_unflatten, target_class)
+    jax.tree_util.register_pytree_with_keys(target_class, _flatten_with_keys, unflatten, _flatten)
+    nnx.register_data_type(target_class)
+
+
+def _flatten_with_keys(target: Target[Any]) -> tuple[list[tuple[Any, PyTree]], Settings]:
+    children, settings = _flatten(target)
+    return list(zip(map(GetAttrKey, settings.child_names), children, strict=True)), settings
+
+
+def _flatten(target: Target[Any]) -> tuple[list[PyTree], Settings]:
+    settings, state = target.__getstate__()
+    return [getattr(state, name) for name in settings.child_names], settings
+
+
+def _unflatten(
+    target_class: type[Target[Any]], settings: Settings, children: Iterable[PyTree]
+) -> Target[Any]:
+    """Checks nothing, since jax may pass anything as a child."""
+    state = State(**dict(zip(settings.child_names, children, strict=True)))
+    return make_target(target_class, settings, state)

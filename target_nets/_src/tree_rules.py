@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from target_nets._src import arithmetic, checks, compensated, dtypes, placement, trees
-from target_nets._src.counts import next_count
-from target_nets._src.records import Count, Rule, Schedule, SlowCopy, compensation_leaves
+from target_nets._src import arithmetic, checks, dtypes, placement, trees
+from target_nets._src.state import Count, Rule, Schedule, SlowCopy, compensation_leaves, next_count
 from target_nets._src.trees import Names, PyTree, Tree
 
 Result = TypeVar("Result")
@@ -29,23 +28,25 @@ def move(
     rule: Rule,
     names: Names,
     *,
-    is_due: jax.Array | None = None,
+    steps: ArrayLike | None = None,
+    period: ArrayLike | None = None,
     skipped: Count | None = None,
     step_size: ArrayLike | None = None,
     n: Count | None = None,
     donate: bool = False,
 ) -> tuple[SlowCopy, Count | None]:
-    """Averages or copies all leaves, unless nonfinite ones are to be skipped and there are some.
+    """Averages or copies all leaves, in one compiled call.
 
     Args:
       online: The online parameters.
       slow: The slow copy, of the same structure and shapes.
       rule: Which leaves to average, and the step size if it is a number or a schedule.
       names: What to call both trees in messages.
-      is_due: Whether to do anything at all, where the device decides it.
-      skipped: How many averagings were skipped so far, or None if none is to be skipped.
-      step_size: The step size if it is an array, else None.
-      n: How many averagings were due before this one. Only schedules need it.
+      steps: The number of steps, if the device decides whether to do anything. None: it is due.
+      period: It is due if the number of steps is a multiple of this one.
+      skipped: How many averagings were skipped so far, if nonfinite online parameters are to be skipped.
+      step_size: The step size, if it is an array.
+      n: How many averagings were due before this one, if the step size is a schedule.
       donate: Whether to reuse the memory of the slow copy.
 
     Returns:
@@ -54,7 +55,7 @@ def move(
     online = trees.jit_argument(online)
     with trees.naming_leaves(online, slow.params, names):
         compiled = _donating_move if donate else _move
-        return compiled(online, slow, is_due, skipped, step_size, n, rule=rule, names=names)
+        return compiled(online, slow, steps, period, skipped, step_size, n, rule=rule, names=names)
 
 
 def add(updates: PyTree, params: Tree) -> Tree:
@@ -67,10 +68,11 @@ def add(updates: PyTree, params: Tree) -> Tree:
 # What is compiled
 
 
-def _move_leaves(
+def _move_if_due(
     online: PyTree,
     slow: SlowCopy,
-    is_due: jax.Array | None,
+    steps: jax.Array | None,
+    period: jax.Array | None,
     skipped: jax.Array | None,
     step_size: jax.Array | None,
     n: jax.Array | None,
@@ -78,16 +80,36 @@ def _move_leaves(
     rule: Rule,
     names: Names,
 ) -> tuple[SlowCopy, jax.Array | None]:
-    if is_due is not None:
-        due = partial(_move_leaves, online, slow, None, skipped, step_size, n, rule=rule, names=names)
-        return lax.cond(is_due, due, lambda: (slow, skipped))
+    def due() -> tuple[SlowCopy, jax.Array | None]:
+        rate = _call_schedule(rule.step_size, n, skipped) if callable(rule.step_size) else rule.step_size
+        return _move_leaves(online, slow, skipped, step_size if rate is None else rate, rule, names)
+
+    if steps is None or period is None:
+        return due()
+    return lax.cond(steps % jnp.maximum(period, 1) == 0, due, lambda: (slow, skipped))
+
+
+def _call_schedule(schedule: Schedule, n: jax.Array | None, skipped: jax.Array | None) -> jax.Array:
+    """Returns the step size after the averagings that were done: those due less those skipped."""
+    assert n is not None
+    step_size = schedule(n if skipped is None else jnp.maximum(n - skipped, 0))
+    name, kinds = "step_size, as the schedule returned it", (dtypes.Kind.INTEGER, dtypes.Kind.FLOAT)
+    checks.check_scalar(name, step_size, "a real scalar", *kinds)
+    return jnp.asarray(step_size)
+
+
+def _move_leaves(
+    online: PyTree,
+    slow: SlowCopy,
+    skipped: jax.Array | None,
+    step_size: ArrayLike | None,
+    rule: Rule,
+    names: Names,
+) -> tuple[SlowCopy, jax.Array | None]:
     pairs, treedef = trees.zip_leaves(online, slow.params, names)
     averaged = rule.averaged if isinstance(rule.averaged, tuple) else [rule.averaged] * len(pairs)
-    rate = _call_schedule(rule.step_size, n, skipped) if callable(rule.step_size) else rule.step_size
-    lerp, compensated_lerp = (
-        _trace_once(leaf_rule, rate if step_size is None else step_size)
-        for leaf_rule in (arithmetic.lerp, compensated.compensated_lerp)
-    )
+    lerp = _trace_once(arithmetic.lerp, step_size)
+    compensated_lerp = _trace_once(arithmetic.compensated_lerp, step_size)
     finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
 
     moved: list[tuple[jax.Array, jax.Array | None]] = []
@@ -105,19 +127,11 @@ def _move_leaves(
             after = jax.tree.map(partial(lax.select, finite), after, before)
         moved.append(placement.to_memory_of(old, after))
 
-    if finite is not None:
+    if skipped is not None and finite is not None:
         skipped = jnp.where(finite, skipped, next_count(skipped, 1))
-    params, errors = ([leaf[i] for leaf in moved] for i in range(2))
-    compensation = None if slow.compensation is None else treedef.unflatten(errors)
-    return SlowCopy(treedef.unflatten(params), compensation), skipped
-
-
-def _call_schedule(schedule: Schedule, n: jax.Array, skipped: jax.Array | None) -> jax.Array:
-    """Returns the step size after the averagings that were done: those due less those skipped."""
-    step_size = schedule(n if skipped is None else jnp.maximum(n - skipped, 0))
-    name, kinds = "step_size, as the schedule returned it", (dtypes.Kind.INTEGER, dtypes.Kind.FLOAT)
-    checks.check_scalar(name, step_size, "a real scalar", *kinds)
-    return jnp.asarray(step_size)
+    params = treedef.unflatten([value for value, _ in moved])
+    has_errors = slow.compensation is not None
+    return SlowCopy(params, treedef.unflatten([e for _, e in moved]) if has_errors else None), skipped
 
 
 def _trace_once(leaf_rule: Callable[..., Result], step_size: ArrayLike | None) -> Callable[..., Result]:
@@ -125,10 +139,10 @@ def _trace_once(leaf_rule: Callable[..., Result], step_size: ArrayLike | None) -
     return jax.jit(partial(leaf_rule, step_size=step_size))
 
 
-_move = jax.jit(_move_leaves, static_argnames=("rule", "names"))
+_move = jax.jit(_move_if_due, static_argnames=("rule", "names"))
 # A copy does not read the slow copy. Its memory is reused only if it stays an argument all the same.
 _donating_move = jax.jit(
-    _move_leaves, static_argnames=("rule", "names"), donate_argnames="slow", keep_unused=True
+    _move_if_due, static_argnames=("rule", "names"), donate_argnames="slow", keep_unused=True
 )
 
 

@@ -1,4 +1,4 @@
-"""Pairing the leaves of two trees, and naming the place where the trees differ."""
+"""Trees and their leaves: how two trees are paired, and where they differ."""
 
 import operator
 from collections.abc import Generator, Iterator
@@ -9,11 +9,14 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import KeyPath, PyTreeDef, keystr, tree_flatten_with_path
+from jax.tree_util import keystr, tree_flatten_with_path
 
-from target_nets._src.leaves import Leaf, array_type, describe, find_misfit, is_leaf
+from target_nets._src import dtypes
 
-PyTree: TypeAlias = Any  # jax's trees have no type of their own
+PyTree: TypeAlias = Any  # jax's annotations have no type for a tree, a treedef or a key path
+TreeDef: TypeAlias = Any
+KeyPath: TypeAlias = tuple[Any, ...]
+Leaf: TypeAlias = Any  # whatever a user passes, before it is checked
 Tree = TypeVar("Tree")
 
 _CONFIG: Any = jax.config  # its settings are missing from jax's annotations
@@ -26,7 +29,7 @@ class Names(NamedTuple):
     old: str
 
 
-def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf, Leaf]], PyTreeDef]:
+def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf, Leaf]], TreeDef]:
     """Returns the pairs of leaves of two trees and their treedef, or raises where the trees differ.
 
     Inside jit this runs while tracing and costs nothing afterwards.
@@ -94,6 +97,52 @@ def named_children(tree: PyTree) -> dict[str, PyTree]:
     return {keystr(key, simple=True): child for key, child in _children(tree)[0].items()}
 
 
+# Leaves
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether jax takes an object for a leaf, not for a node. None is a node."""
+    return jax.tree_util.all_leaves([x])
+
+
+def array_type(x: Leaf) -> Any:
+    """Returns what tells the shape and dtype of a leaf that jax computes with, or None for any other."""
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        found: Any = None if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    except (TypeError, ValueError, OverflowError):  # an nnx.Variable, or an int past 64 bits
+        return None
+    return found if found is not None and dtypes.kind_of(found.dtype) is not None else None
+
+
+def describe(x: Any) -> str:
+    """Returns what a message calls a leaf or a node, such as `float32[3, 4]` or `dict`."""
+    if x is None:
+        return "None"
+    known = x if isinstance(x, np.ndarray | np.generic) else array_type(x) if is_leaf(x) else None
+    return type(x).__name__ if known is None else f"{known.dtype}{list(known.shape)}"
+
+
+def find_misfit(new: Leaf, old: Leaf) -> type[Exception] | None:
+    """Returns the error to raise where a new leaf cannot replace an old one, or None if it can."""
+    new_type, old_type = (
+        array_type(new),
+        old if isinstance(old, jax.ShapeDtypeStruct) else array_type(old),
+    )
+    if new_type is None or old_type is None:
+        return TypeError
+    if dtypes.is_key(old_type.dtype) and new_type.dtype != old_type.dtype:
+        return TypeError  # a number, or a key of another implementation
+    new_kind, old_kind = dtypes.kind_of(new_type.dtype), dtypes.kind_of(old_type.dtype)
+    if new_kind is None or old_kind is None or new_kind > old_kind:  # float0 has no kind
+        return TypeError
+    return None if new_type.shape == old_type.shape else ValueError
+
+
+# Where two trees differ
+
+
 class _Difference(NamedTuple):
     """A place where two trees differ, and what each of them holds there."""
 
@@ -122,7 +171,7 @@ def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[_Differenc
             yield from _differences(new_children[key], old_children[key], (*path, *key))
 
 
-def _children(tree: PyTree) -> tuple[dict[KeyPath, PyTree], PyTreeDef]:
+def _children(tree: PyTree) -> tuple[dict[KeyPath, PyTree], TreeDef]:
     """Returns the children of a node by key, and the treedef of that one level."""
 
     def is_child(x: PyTree) -> bool:

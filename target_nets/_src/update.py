@@ -3,9 +3,18 @@
 import jax
 from jax.core import Tracer
 
-from target_nets._src import placement, records, trace, tree_rules, trees
-from target_nets._src.counts import host_count, next_count
-from target_nets._src.records import Count, Rule, Settings, State
+from target_nets._src import placement, trace, tree_rules, trees
+from target_nets._src.state import (
+    COPY_ALL,
+    Count,
+    Rule,
+    Settings,
+    State,
+    check_is_not_abstract,
+    check_is_one_target,
+    host_count,
+    next_count,
+)
 from target_nets._src.trees import PyTree
 
 NAMES = trees.Names("online_params", "the slow copy")
@@ -13,17 +22,21 @@ NAMES = trees.Names("online_params", "the slow copy")
 
 def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -> State:
     """Returns the state after one more update. With `donate` the old slow copy can no longer be read."""
-    records.check_is_one_target(state, "update")
-    is_traced, period = isinstance(state.step, Tracer), settings.update_period
+    check_is_one_target(state, "update")
+    if isinstance(state.step_size, jax.ShapeDtypeStruct):
+        raise TypeError(
+            "update: the step size is abstract and was not saved; restore into a target with it"
+        )
+    rule, period = settings.rule, settings.update_period
+    if isinstance(state.step, Tracer):
+        step = next_count(state.step, period)
+        due = (step, period) if period > 1 else (None, None)
+        state = _move(state, online, rule, n=step // period - 1, steps=due[0], period=due[1])
+        return state._replace(step=step, is_checked=True)
     # A step that has been through jit is on the device. Reading it in Python waits for it, once.
-    step = next_count(state.step if is_traced else int(state.step), period)
-    is_due = step % period == 0
-    if is_traced:
-        is_due = is_due if period > 1 else None
-        after = _move(state, online, settings.rule, step // period - 1, is_due, donate)
-        return after._replace(step=step, is_checked=True)
-    if is_due:
-        state = _move(state, online, settings.rule, host_count(step // period - 1), None, donate)
+    step = next_count(int(state.step), period)
+    if step % period == 0:
+        state = _move(state, online, rule, n=host_count(step // period - 1), donate=donate)
     elif not state.is_checked:
         trees.zip_leaves(online, state.params, NAMES)
     return state._replace(step=host_count(step), is_checked=True)
@@ -31,13 +44,20 @@ def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -
 
 def sync(state: State, online: PyTree, *, donate: bool) -> State:
     """Returns the state after a copy of all leaves. The counters stay as they are."""
-    records.check_is_not_abstract(state, "sync")
-    after = _move(state._replace(skipped=None), online, records.COPY_ALL, None, None, donate)
+    check_is_not_abstract(state, "sync")
+    after = _move(state._replace(skipped=None), online, COPY_ALL, donate=donate)
     return after._replace(skipped=state.skipped, is_checked=True)
 
 
 def _move(
-    state: State, online: PyTree, rule: Rule, n: Count | None, is_due: jax.Array | None, donate: bool
+    state: State,
+    online: PyTree,
+    rule: Rule,
+    *,
+    n: Count | None = None,
+    steps: jax.Array | None = None,
+    period: int | None = None,
+    donate: bool = False,
 ) -> State:
     """Applies the rule where the slow copy is, and leaves the results there."""
     slow, skipped = tree_rules.move(
@@ -45,10 +65,11 @@ def _move(
         state.slow,
         rule,
         NAMES,
-        is_due=is_due,
+        steps=steps,
+        period=period,
         skipped=state.skipped,
         step_size=state.step_size,
-        n=n if callable(rule.step_size) else None,  # in eager Python, a transfer to the device
+        n=n if callable(rule.step_size) else None,  # in eager Python it is sent to the device
         donate=donate and trace.is_eager(),
     )
     slow = placement.link_shardings(slow, state.slow)

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from target_nets._src import arithmetic, dtypes, placement, records, trees
-from target_nets._src.records import SlowCopy, State, compensation_leaves
+from target_nets._src import arithmetic, dtypes, placement, trees
+from target_nets._src.state import SlowCopy, State, check_is_one_target, compensation_leaves
 from target_nets._src.trees import PyTree
 from target_nets._src.update import NAMES
 
@@ -23,7 +23,7 @@ def read_params(slow: SlowCopy, param_dtypes: tuple[dtypes.DType, ...] | None) -
 
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
-    records.check_is_one_target(state, "distance")
+    check_is_one_target(state, "distance")
     online = trees.jit_argument(placement.place_as(online, state.params))
     with trees.naming_leaves(online, state.params, NAMES):
         return _distance(online, state.slow)

@@ -1,23 +1,23 @@
 """What a target holds: settings that are fixed when it is made, and the state that updates replace."""
 
 from collections.abc import Callable
-from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from target_nets._src.checks import check_count
+from target_nets._src.checks import INT32_MAX, check_python_count
 from target_nets._src.dtypes import DType
 from target_nets._src.trees import PyTree
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 Count: TypeAlias = jax.Array | np.ndarray[Any, np.dtype[np.int32]]
 
-_is_bool, is_int = attrs.validators.instance_of(bool), attrs.validators.instance_of(int)
+_is_bool = attrs.validators.instance_of(bool)
 
 
 @attrs.frozen(cache_hash=True)
@@ -53,7 +53,7 @@ class Settings:
     """
 
     rule: Rule
-    update_period: int = attrs.field(converter=partial(check_count, "update_period"), validator=is_int)
+    update_period: int = attrs.field(converter=check_python_count("update_period"))
     donate: bool = attrs.field(validator=_is_bool)
     dtypes: tuple[DType, ...] | None = None
     compensated: bool = attrs.field(default=False, validator=_is_bool)
@@ -113,6 +113,12 @@ def compensation_leaves(slow: SlowCopy) -> list[jax.Array | None]:
     return treedef.flatten_up_to(slow.compensation)
 
 
+def check_is_not_abstract(state: State, method: str) -> None:
+    """Raises if a target holds shapes and dtypes in place of arrays."""
+    if isinstance(state.step, jax.ShapeDtypeStruct):
+        raise TypeError(f"{method}: this target is abstract, from jax.eval_shape; restore it first")
+
+
 def check_is_one_target(state: State, method: str) -> None:
     """Raises if a target is abstract, or a population that `vmap` has made."""
     check_is_not_abstract(state, method)
@@ -121,12 +127,23 @@ def check_is_one_target(state: State, method: str) -> None:
         raise ValueError(f"{method}: a population, its step of shape {shape}; call it inside jax.vmap")
 
 
-def check_is_not_abstract(state: State, method: str) -> None:
-    """Raises if a target, or only its step size, is abstract: shapes and dtypes in place of arrays."""
-    abstract = [isinstance(x, jax.ShapeDtypeStruct) for x in (state.step, state.step_size)]
-    if abstract[0]:
-        raise TypeError(f"{method}: this target is abstract, from jax.eval_shape; restore it first")
-    if abstract[1]:
-        raise TypeError(
-            f"{method}: the step size is abstract and was not saved; restore into a target with it"
-        )
+# Counters, int32 scalars that do not overflow
+
+
+def host_count(count: int) -> Count:
+    """Returns a count as an array on the host that nobody can write to."""
+    array = np.array(count, np.int32)
+    array.setflags(write=False)
+    return array
+
+
+def next_count(count: Any, period: int) -> Any:
+    """Returns the count after this one: an int for an int, and a jax array for an array.
+
+    After the largest multiple of the period within int32 it goes back by one period, so that the period
+    is kept and a schedule holds its last value.
+    """
+    last = INT32_MAX // period * period
+    if isinstance(count, int):
+        return count + 1 - period * (count >= last)
+    return jnp.where(count >= last, count + 1 - period, count + 1)
