@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, assert_same, moved
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import perturb
 
 from target_nets import EMATarget, PeriodicTarget, incremental_update, periodic_update
 
@@ -32,7 +33,7 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 
 def trained(params: Any) -> Any:
     """A train step that reuses the memory of its parameters."""
-    return jax.jit(moved, donate_argnums=0)(params)
+    return jax.jit(perturb, donate_argnums=0)(params)
 
 
 def deleted(tree: Any) -> bool:
@@ -70,7 +71,7 @@ def test_a_target_updated_inside_the_train_step(kind: str, params: Any) -> None:
     target = MAKERS[kind](params)
 
     def train(params: Any, target: Any) -> Any:
-        params = moved(params)
+        params = perturb(params)
         return params, target.update(params)
 
     step = jax.jit(train, donate_argnums=(0, 1))
@@ -80,7 +81,7 @@ def test_a_target_updated_inside_the_train_step(kind: str, params: Any) -> None:
     trained(params)
     arrays(target.params)
     sync = jax.jit(lambda p, t: (p, t.sync(p)))
-    params, target = sync(moved(target.params), target)
+    params, target = sync(perturb(target.params), target)
     trained(params)
     arrays(target.params)
 
@@ -96,7 +97,7 @@ def test_the_rules_return_no_buffer_of_the_new_tensors(params: Any) -> None:
         lambda new, old: jax.jit(lambda new, old: (new, periodic_update(new, old, 0, 2)))(new, old)[1],
     ]
     for rule in rules:
-        online = moved(params)
+        online = perturb(params)
         slow = rule(online, params)
         expected = arrays(slow)
         trained(online)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, assert_same, full_disk
 from flax import nnx, serialization
+from helpers.comparisons import arrays, assert_same
+from helpers.faults import full_disk
 
 from target_nets import EMATarget, posthoc, schedules
 

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import TREES, Network, arrays, assert_same, moved
 from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import TREES, Network, perturb
 from jax.sharding import NamedSharding, PartitionSpec
 
 from target_nets import EMATarget, PeriodicTarget
@@ -50,10 +51,10 @@ def test_a_run_through_bytes_at_every_step_equals_an_uninterrupted_one(
     update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
     resumed, uninterrupted = make(tree), make(tree)
     for step in range(3):
-        online = moved(tree, step + 1.0)
+        online = perturb(tree, step + 1.0)
         uninterrupted = update(uninterrupted, online)
         resumed = update(through_bytes(resumed, make(tree)), online)
-        restored = through_bytes(resumed, make(moved(tree, 5.0)))
+        restored = through_bytes(resumed, make(perturb(tree, 5.0)))
         for got in (resumed, restored):
             assert type(got) is type(uninterrupted)
             assert_same(got.params, uninterrupted.params)
@@ -130,7 +131,7 @@ def test_other_nodes_are_named_by_key_path() -> None:
 
 def test_the_accumulator_is_what_is_saved() -> None:
     params = {"w": jnp.ones(2, jnp.bfloat16)}
-    target = EMATarget(params, 1e-3).update(moved(params))
+    target = EMATarget(params, 1e-3).update(perturb(params))
     assert serialization.to_state_dict(target)["params"]["w"].dtype == jnp.float32
     restored = through_bytes(target, EMATarget(params, 1e-3))
     np.testing.assert_array_equal(jax.tree.leaves(restored)[0], jax.tree.leaves(target)[0])
@@ -273,13 +274,13 @@ def test_a_state_that_does_not_fit_is_refused_by_path(case: str) -> None:
             serialization.from_state_dict({"target": template}, {"target": state})
         assert_same(template.params, params)
         assert template.step == 0
-        assert template.update(moved(params)).step == 1
+        assert template.update(perturb(params)).step == 1
 
 
 def test_the_class_is_the_templates() -> None:
     def make(dtype: Any, **settings: Any) -> tuple[Any, Any]:
         params = {"w": jnp.ones(2, dtype)}
-        return EMATarget(params, 0.3, **settings).update(moved(params)), PeriodicTarget(params, 2)
+        return EMATarget(params, 0.3, **settings).update(perturb(params)), PeriodicTarget(params, 2)
 
     ema, periodic = make(jnp.float32)
     for target, template in ((ema, periodic), (periodic, ema)):  # both hold step and parameters
@@ -343,7 +344,7 @@ def test_tied_variables() -> None:
             self.decoder = self.encoder
 
     for params, arrays_held in ((nnx.state(Tied()), 2), (Tied(), 4)):  # a whole module holds them twice
-        target = EMATarget(params, 0.3).update(moved(params))
+        target = EMATarget(params, 0.3).update(perturb(params))
         assert len(jax.tree.leaves(target.params)) == arrays_held
         assert_same(through_bytes(target, EMATarget(params, 0.3)).params, target.params)
 
@@ -351,7 +352,7 @@ def test_tied_variables() -> None:
 @pytest.mark.parametrize("kind", [name for name in MAKERS if name != "ema, schedule"])
 def test_orbax_takes_the_target_as_a_pytree(kind: str, tmp_path: Path) -> None:
     params = {"w": jnp.ones((2, 3), jnp.bfloat16), "layers": [jnp.zeros(2)]}
-    target = MAKERS[kind](params).update(moved(params))
+    target = MAKERS[kind](params).update(perturb(params))
     state = {"params": params, "target": target}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "alone", target)

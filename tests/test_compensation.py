@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, assert_same, moved
 from flax import serialization
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -222,7 +223,7 @@ def test_it_is_saved_and_a_target_without_it_refuses_it_by_path() -> None:
     def make(**settings: Any) -> Any:
         return EMATarget(MIXED, 0.3, mask=MASK, **settings)
 
-    target = make(compensated=True).update(moved(MIXED, 0.7))
+    target = make(compensated=True).update(perturb(MIXED, 0.7))
     state = serialization.to_state_dict(target)
     assert list(state) == ["step", "params", "compensation"]
     assert state["compensation"]["integer"] is state["compensation"]["copied"] is None
@@ -293,5 +294,5 @@ def test_equal_shapes_are_traced_once(trace_counter: Any) -> None:
     with trace_counter() as compiled:
         target = EMATarget(params, 0.3, compensated=True)
         for _ in range(3):
-            target.update(moved(params))
+            target.update(perturb(params))
     assert len([name for name in compiled if "_move" in name]) == 1

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays, assert_same, moved
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import perturb
 
 from target_nets import EMATarget, PeriodicTarget
 
@@ -44,12 +45,12 @@ def test_copies_own_their_buffers(how: str) -> None:
         EMATarget(params, 0.5, update_period=2, donate=True),
         EMATarget(params, jnp.float32(0.5)),
         EMATarget(params, 0.3, compensated=True, skip_nonfinite=True),
-        EMATarget(params, 0.3, compensated=True, skip_nonfinite=True).update(moved(params)),
+        EMATarget(params, 0.3, compensated=True, skip_nonfinite=True).update(perturb(params)),
         EMATarget(params, half, mask={"w": True, "h": False, "key": True}),
         PeriodicTarget(params, 1, donate=True),
         jax.jit(lambda t: t)(EMATarget(params, 0.5)),
     ):
-        target.update(moved(params))
+        target.update(perturb(params))
         twin = COPIES[how](target)
         assert type(twin) is type(target)
         assert twin is not target
@@ -67,14 +68,14 @@ def test_copies_own_their_buffers(how: str) -> None:
         )
         assert not ours & theirs
         before = arrays(twin)
-        target.update(moved(params)).update(moved(params)).sync(params)
+        target.update(perturb(params)).update(perturb(params)).sync(params)
         for x, y in zip(before, arrays(twin), strict=True):
             np.testing.assert_array_equal(x, y)
-        twin.update(moved(params))
+        twin.update(perturb(params))
 
 
 def test_copies_of_every_tree(tree: Any) -> None:
-    target = EMATarget(tree, 0.5).update(moved(tree))
+    target = EMATarget(tree, 0.5).update(perturb(tree))
     for make_copy in (copy.copy, copy.deepcopy):
         assert_same(make_copy(target).params, target.params)
 

@@ -13,8 +13,9 @@ import dqn
 import jax
 import numpy as np
 import pytest
-from conftest import arrays, assert_same, full_disk
 from flax import serialization
+from helpers.comparisons import arrays, assert_same
+from helpers.faults import full_disk
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "dqn.py"
 STEPS = 3 * dqn.BLOCK

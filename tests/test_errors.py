@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, moved
 from flax import nnx
 from flax.serialization import from_bytes, to_bytes
+from helpers.comparisons import assert_same
+from helpers.trees import perturb
 
 from target_nets import EMATarget, PeriodicTarget
 
 START = {"a": {"w": jnp.zeros((3, 1)), "b": jnp.zeros(())}, "c": [jnp.arange(3), None]}
-ONLINE = moved(START)
+ONLINE = perturb(START)
 W = "online_params['a']['w']: expected float32[3, 1] as in the slow copy, got "
 B = "online_params['a']['b']: expected float32[] as in the slow copy, got "
 
@@ -132,8 +133,8 @@ def test_online_parameters_that_do_not_fit(kind: str, case: str) -> None:
 def test_online_parameters_that_were_donated(kind: str) -> None:
     target = TARGETS[kind]().sync(ONLINE).update(ONLINE).update(ONLINE)
     before = jax.tree.map(np.array, target)
-    gone = moved(START)
-    jax.jit(moved, donate_argnums=0)(gone)
+    gone = perturb(START)
+    jax.jit(perturb, donate_argnums=0)(gone)
     for call in (target.update, target.sync, target.distance, partial(JITTED, target)):
         if call != target.update or "between" not in kind:
             with pytest.raises((RuntimeError, ValueError), match="deleted"):  # in jax's own words

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, interposed
+from helpers.comparisons import arrays
+from helpers.faults import run_with_action_at
 
 from target_nets import EMATarget, PeriodicTarget
 
@@ -58,7 +59,7 @@ def interrupt() -> None:
 def interrupted(call: Callable[[], Any], moment: int) -> bool:
     """Calls, with a Ctrl-C before that line of the package; whether there are so many lines."""
     try:
-        return interposed(call, interrupt, moment, "line")[1]
+        return run_with_action_at(call, interrupt, moment, "line")[1]
     except KeyboardInterrupt:
         return True
 

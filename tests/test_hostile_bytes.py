@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
-from conftest import arrays, assert_same
 from flax import serialization
+from helpers.comparisons import arrays, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Network, arrays, assert_same
 from flax import nnx
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import Network
 
 from target_nets import EMATarget, PeriodicTarget
 

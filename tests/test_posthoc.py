@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Network, arrays, assert_same, moved
 from flax import nnx
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import Network, perturb
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -277,7 +278,7 @@ def test_float64_beneath_and_one_rounding() -> None:
 
 
 def test_any_tree_given_or_loaded(tree: Any) -> None:
-    a, b = tree, moved(tree, 2.0)
+    a, b = tree, perturb(tree, 2.0)
     for snapshots in (pair(a, b), pair(lambda: a, lambda: b)):
         got = posthoc.reconstruct(snapshots, gamma=10)
         assert jax.tree.structure(got) == jax.tree.structure(tree)
@@ -350,11 +351,11 @@ def test_a_network_goes_on_working() -> None:
     network.eval()
     targets = [EMATarget(network, schedules.power_function(gamma=gamma)) for gamma in PAIR]
     for target in targets:
-        target.update(moved(network)).update(moved(network))
+        target.update(perturb(network)).update(perturb(network))
     snapshots = [(t.step, g, t.params) for t, g in zip(targets, PAIR, strict=True)]
     slow = posthoc.reconstruct(snapshots, sigma_rel=0.08)
     x = jnp.ones((1, 3))
-    np.testing.assert_allclose(slow(x), moved(network)(x), rtol=1e-5)
+    np.testing.assert_allclose(slow(x), perturb(network)(x), rtol=1e-5)
     state = [(t.step, g, nnx.state(t.params)) for t, g in zip(targets, PAIR, strict=True)]
     merged = nnx.merge(nnx.graphdef(network), posthoc.reconstruct(state, sigma_rel=0.08))
     assert_same(arrays(nnx.state(merged)), arrays(nnx.state(slow)))

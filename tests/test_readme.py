@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import arrays
+from helpers.comparisons import arrays
 
 from target_nets import EMATarget, schedules
 

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays, assert_same, moved
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import perturb
 
 import target_nets
 from target_nets import apply_updates, incremental_update, periodic_update
 
 SLOW = {"a": {"w": jnp.array([[1.0, 2.0]]), "b": jnp.zeros(2)}, "c": (jnp.ones(()), None)}
-ONLINE = moved(SLOW)
+ONLINE = perturb(SLOW)
 
 
 def test_apply_updates_is_optax() -> None:
@@ -64,7 +65,7 @@ def test_vmapped_steps() -> None:
 
 
 def test_results_have_the_structure_and_dtypes_of_the_slow_tensors(tree: Any) -> None:
-    online = moved(tree)
+    online = perturb(tree)
     jax_tree = jax.tree.map(jnp.asarray, tree)
     for got in (
         incremental_update(online, tree, 0.3),

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import sharded
-from conftest import assert_same
+from helpers.comparisons import assert_same
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "sharded.py"
 FOLDER = "width-64"

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, assert_same
 from flax import serialization
+from helpers.comparisons import arrays, assert_same
 from jax.sharding import NamedSharding, PartitionSpec
 
 from target_nets import EMATarget

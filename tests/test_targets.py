@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays, assert_same, moved
 from flax import nnx
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import perturb
 
 from target_nets import EMATarget, PeriodicTarget, apply_updates, incremental_update, periodic_update
 
@@ -171,8 +172,8 @@ def test_eager_updates_go_on_after_jit() -> None:
 def test_sync_copies_now_and_keeps_the_step(tree: Any) -> None:
     for target in (EMATarget(tree, 0.5, mask=True), PeriodicTarget(tree, 100)):
         target.update(tree)
-        assert target.sync(moved(tree)) is target
-        assert_same(target.params, jax.tree.map(jnp.asarray, moved(tree)))
+        assert target.sync(perturb(tree)) is target
+        assert_same(target.params, jax.tree.map(jnp.asarray, perturb(tree)))
         assert target.step == 1
 
 
@@ -181,12 +182,12 @@ def test_every_tree_keeps_its_structure_and_dtypes(tree: Any) -> None:
     update = jax.jit(lambda target, params: target.update(params))
     for target in (EMATarget(tree, 0.5), PeriodicTarget(tree, 1)):
         assert_same(target.params, expected)
-        target.update(moved(tree))
+        target.update(perturb(tree))
         once = target.params
         assert jax.tree.structure(once) == jax.tree.structure(expected)
         for x, y in zip(jax.tree.leaves(once), jax.tree.leaves(expected), strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        assert_same(update(target, moved(tree)).update(moved(tree)).step, jnp.int32(3))
+        assert_same(update(target, perturb(tree)).update(perturb(tree)).step, jnp.int32(3))
         assert_same(target.params, once)  # jit was given a copy
 
 
@@ -209,7 +210,7 @@ def test_mask_of_batch_statistics_in_nnx() -> None:
         )
 
     state = nnx.state(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
-    target = EMATarget(state, 0.5, mask=parameters_only).update(moved(state))
+    target = EMATarget(state, 0.5, mask=parameters_only).update(perturb(state))
     np.testing.assert_array_equal(target.params["scale"][...], [1.5, 1.5])
     np.testing.assert_array_equal(target.params["mean"][...], [1, 1])
 
@@ -219,7 +220,7 @@ def test_small_floats_are_held_in_float32_and_read_in_their_own() -> None:
     target = EMATarget(params, 0.25)
     held = {x.dtype.name for x in jax.tree.leaves(target) if x.ndim}
     assert held == {"float32"}
-    target.update(moved(params))
+    target.update(perturb(params))
     assert_same(
         target.params,
         {"a": jnp.full(2, 1.25, jnp.bfloat16), "b": jnp.full(2, 1.25, jnp.float16), "n": jnp.int32(4)},
@@ -235,7 +236,7 @@ def test_accumulator_dtype(accumulator: Any) -> None:
     target = EMATarget(params, 0.5, accumulator_dtype=accumulator)
     held = [x.dtype for x in jax.tree.leaves(target)][:3]
     assert held == [jnp.int32, jnp.dtype(accumulator), jnp.complex64]
-    target.update(moved(params))
+    target.update(perturb(params))
     assert_same(target.params, {"w": params["w"] + 0.5, "z": params["z"] + 0.5, "n": params["n"] + 1})
 
 
@@ -335,8 +336,8 @@ def test_donation_reuses_memory_and_gives_the_same_result() -> None:
     for method in ("update", "sync", "update"):
         before, earlier = arrays(kept), kept.params
         memory = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(donated)[:2]]
-        getattr(kept, method)(moved(params))
-        getattr(donated, method)(moved(params))
+        getattr(kept, method)(perturb(params))
+        getattr(donated, method)(perturb(params))
         assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(donated)[:2]] == memory
         assert_same(donated.params, kept.params)
         assert len(before) == len(arrays(earlier)) + 1  # what was read before can still be read

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, interposed
 from flax import serialization
+from helpers.comparisons import arrays
+from helpers.faults import run_with_action_at
 
 from target_nets import EMATarget, PeriodicTarget
 
@@ -147,7 +148,7 @@ def test_an_update_between_any_two_instructions_of_a_read(kind: str, how: str) -
     got = []
     for moment in itertools.count():
         target = third()
-        result, done = interposed(
+        result, done = run_with_action_at(
             partial(read, target), partial(target.update, ONLINES[2]), moment, "opcode"
         )
         if not done:

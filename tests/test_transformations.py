@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same
 from flax import nnx
+from helpers.comparisons import assert_same
 from jax.sharding import PartitionSpec
 
 from target_nets import EMATarget, PeriodicTarget

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from conftest import arrays
+from helpers.comparisons import arrays
 
 
 def assert_follows(slow: Any, online: list[Any], step_size: float | Callable[[int], float]) -> None:

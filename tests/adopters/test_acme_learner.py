@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import arrays, assert_same
+from helpers.comparisons import arrays, assert_same
 from reference import assert_follows
 
 from target_nets import PeriodicTarget

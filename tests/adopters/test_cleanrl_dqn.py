@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays
 from flax.training import train_state
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget

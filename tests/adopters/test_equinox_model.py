@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from conftest import arrays
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget, schedules

@@ -7,8 +7,8 @@ gets evaluated.
 import jax
 import numpy as np
 import optax
-from conftest import arrays
 from flax import nnx
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import arrays
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget
