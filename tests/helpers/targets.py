@@ -19,7 +19,7 @@ INT32_MAX = 2**31 - 1
 
 def harmonic(n: jax.Array) -> jax.Array:
     """A schedule that shows its argument: 1/2, 1/3, 1/4, ..."""
-    return 1 / (n + 2.0)
+    return 1 / (jnp.asarray(n, jnp.float32) + 2)
 
 
 EVERYTHING = {"accumulator_dtype": jnp.bfloat16, "compensated": True, "skip_nonfinite": True}

@@ -128,6 +128,35 @@ TREES: dict[str, Callable[[], Any]] = {
 }
 
 
+START, ONLINE = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}  # where the tree does not matter
+
+# One leaf of each kind. "copied" is the leaf that MIXED_MASK keeps from being averaged.
+MIXED: dict[str, Any] = {
+    "w": jnp.zeros((2, 2)),
+    "h": jnp.zeros(3, jnp.bfloat16),
+    "z": jnp.zeros(2, jnp.complex64),
+    "copied": jnp.zeros(()),
+    "n": jnp.int32(0),
+    "on": jnp.bool_(False),
+    "key": jax.random.key(0),
+}
+MIXED_MASK = {name: name != "copied" for name in MIXED}
+
+
+def mixed(seed: int) -> dict[str, Any]:
+    """Returns random values in the tree MIXED."""
+    rng = np.random.default_rng(seed)
+    return {
+        "w": jnp.asarray(rng.normal(size=(2, 2)), jnp.float32),
+        "h": jnp.asarray(rng.normal(size=3), jnp.bfloat16),
+        "z": jnp.asarray(rng.normal(size=2) + 1j * rng.normal(size=2), jnp.complex64),
+        "copied": jnp.float32(rng.normal()),
+        "n": jnp.int32(seed),
+        "on": jnp.bool_(seed % 2),
+        "key": jax.random.key(seed),
+    }
+
+
 def perturb(tree: Any, by: float = 1.0) -> Any:
     """Returns the same tree with other values, as training would leave them."""
 
