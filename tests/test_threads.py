@@ -71,10 +71,12 @@ def test_every_read_is_a_complete_slow_copy(kind: str) -> None:
         assert reads[-1] == bits(alone.params)
 
 
-ALL_COPIES: dict[str, Callable[[Any], Any]] = COPIES | {
+COPIES_IN_MEMORY: dict[str, Callable[[Any], Any]] = {
+    **{how: COPIES[how] for how in ("copy", "deepcopy", "pickle")},
     "pytree": lambda target: jax.tree.map(lambda x: x, target),
     "pytree with keys": lambda target: jax.tree_util.tree_map_with_path(lambda _, x: x, target),
 }
+ALL_COPIES = COPIES_IN_MEMORY | COPIES
 
 
 @pytest.mark.parametrize("how", ALL_COPIES)
@@ -82,9 +84,8 @@ def test_every_copy_is_of_one_update(how: str) -> None:
     make, updates = MAKERS["ema, everything"], 500
     alone = make(START)
     known = [step_and_params(alone), *(step_and_params(target) for target in learn(alone, updates))]
-    for reads in read_while_learning(
-        make(START), updates, lambda target: step_and_params(ALL_COPIES[how](target))
-    ):
+    copies = read_while_learning(make(START), updates, lambda t: step_and_params(ALL_COPIES[how](t)))
+    for reads in copies:
         assert all(read == known[read[0]] for read in reads)
         assert [step for step, _ in reads] == sorted(step for step, _ in reads)
         assert reads[-1] == known[-1]
@@ -95,7 +96,10 @@ READS: dict[str, Callable[[Any], Any]] = {
     "distance": lambda target: float(target.distance(START)),
     "state dict": lambda target: jax.tree.map(np.asarray, serialization.to_state_dict(target)),
     "repr": repr,
-    **{how: lambda target, copy=copy: step_and_params(copy(target)) for how, copy in ALL_COPIES.items()},
+    **{
+        how: lambda target, how=how: step_and_params(COPIES_IN_MEMORY[how](target))
+        for how in COPIES_IN_MEMORY
+    },
 }
 
 
