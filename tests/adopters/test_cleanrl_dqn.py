@@ -50,7 +50,7 @@ def update(q_state: TrainState, data: dict[str, np.ndarray]) -> tuple[TrainState
 
 
 def sample(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A batch as a replay buffer gives it."""
+    """Returns a batch, as a replay buffer does."""
     return {
         "observations": rng.normal(size=(8, 4)).astype(np.float32),
         "actions": rng.integers(2, size=8),
