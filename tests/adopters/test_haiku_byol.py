@@ -1,7 +1,7 @@
 """Self-supervision in the style of DeepMind's BYOL (Grill et al., 2020), with Haiku.
 
 There the target parameters, and the step that gives tau, are fields of an experiment state. Here a
-target with a schedule replaces them. BatchNorm's state belongs to the forward passes: nothing averages it.
+target with a schedule replaces them. BatchNorm's state, which the forward passes use, is not averaged.
 """
 
 import math
