@@ -12,7 +12,7 @@ import pytest
 pytest.register_assert_rewrite("helpers")  # before they are imported
 
 from helpers.compilations import count_compilations  # noqa: E402
-from helpers.trees import TREES  # noqa: E402
+from helpers.trees import TREES, make_tree  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=TREES, name="tree")
 def _tree(request: pytest.FixtureRequest) -> Any:
-    return TREES[request.param]()
+    return make_tree(request.param)
 
 
 @pytest.fixture(name="trace_counter")

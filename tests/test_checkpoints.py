@@ -16,7 +16,7 @@ from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
 from helpers.comparisons import arrays, assert_same
 from helpers.targets import MAKERS, UPDATES, through_bytes, update
-from helpers.trees import TREES, Network, Tied, perturb
+from helpers.trees import Network, Tied, make_tree, perturb
 from jax.sharding import NamedSharding, PartitionSpec
 
 from target_nets import EMATarget, PeriodicTarget
@@ -45,7 +45,7 @@ def test_a_run_of_every_tree_resumes_bit_for_bit(tree: Any) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("how", UPDATES)
 def test_a_run_with_every_setting_resumes_bit_for_bit(kind: str, how: str) -> None:
-    check_resumption(TREES["every dtype"](), MAKERS[kind], UPDATES[how])
+    check_resumption(make_tree("every dtype"), MAKERS[kind], UPDATES[how])
 
 
 def test_the_state_dict_is_plain_and_named(tree: Any) -> None:
@@ -80,7 +80,7 @@ def test_the_state_dict_is_plain_and_named(tree: Any) -> None:
     ],
 )
 def test_nodes_that_flax_knows_are_named_as_in_flax(name: str) -> None:
-    tree = TREES[name]()
+    tree = make_tree(name)
     assert_same(
         serialization.to_state_dict(EMATarget(tree, 0.3))["params"], serialization.to_state_dict(tree)
     )
@@ -110,7 +110,7 @@ def test_other_nodes_are_named_by_key_path() -> None:
         "attrs class": {"0": {"kernel": (2,)}, "1": None},
         "unkeyed node": {"0": (2,), "1": {"a": (3,)}},
     }.items():
-        state = serialization.to_state_dict(PeriodicTarget(TREES[name](), 2))["params"]
+        state = serialization.to_state_dict(PeriodicTarget(make_tree(name), 2))["params"]
         assert jax.tree.map(jnp.shape, state) == expected
 
 

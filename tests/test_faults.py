@@ -1,4 +1,4 @@
-"""Whatever fails at whatever moment, the target is as after a whole update, and the run goes on."""
+"""Whatever fails at any moment, the target is as before or after the update, and the run goes on."""
 
 import itertools
 import subprocess

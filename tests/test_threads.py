@@ -13,12 +13,15 @@ import pytest
 from flax import serialization
 from helpers.comparisons import bits
 from helpers.faults import run_with_action_at
-from helpers.targets import COPIES, MAKERS
+from helpers.targets import COPIES, MAKERS, make_makers
 from helpers.trees import mixed
 
 ACTORS = 4
 START, *ONLINES = ({name: mixed(seed)[name] for name in ("w", "h", "n")} for seed in range(98))
-KINDS = ("ema", "ema, schedule", "ema, everything", "periodic")
+TARGETS: dict[str, Callable[[Any], Any]] = {
+    **{kind: MAKERS[kind] for kind in ("ema", "ema, schedule", "ema, everything")},
+    "periodic": make_makers(period=3)["periodic"],
+}
 
 
 def step_and_params(target: Any) -> tuple[int, tuple[bytes, ...]]:
@@ -60,12 +63,12 @@ def read_while_learning(target: Any, updates: int, read: Callable[[Any], Any]) -
         return [future.result() for future in futures]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_every_read_is_a_complete_slow_copy(kind: str) -> None:
     updates = 10_000 if kind in ("ema", "periodic") else 1_000
-    alone = MAKERS[kind](START)
+    alone = TARGETS[kind](START)
     known = {bits(alone.params)} | {bits(t.params) for t in learn(alone, updates)}
-    for reads in read_while_learning(MAKERS[kind](START), updates, lambda target: bits(target.params)):
+    for reads in read_while_learning(TARGETS[kind](START), updates, lambda target: bits(target.params)):
         assert set(reads) <= known
         assert len(set(reads)) > 1  # the target changed meanwhile
         assert reads[-1] == bits(alone.params)
@@ -114,7 +117,7 @@ def test_an_update_between_any_two_instructions_of_a_read(kind: str, how: str) -
         return repr(READS[how](target))
 
     def make_target() -> Any:
-        target = MAKERS[kind](START)
+        target = TARGETS[kind](START)
         return target.update(ONLINES[0]).update(ONLINES[1])
 
     before, after = read(make_target()), read(make_target().update(ONLINES[2]))

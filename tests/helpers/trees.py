@@ -90,7 +90,7 @@ def _haiku() -> Any:
     return network.init(jax.random.key(0), jnp.ones((1, 3)))
 
 
-TREES: dict[str, Callable[[], Any]] = {
+_BUILDERS: dict[str, Callable[[], Any]] = {
     "dict": lambda: {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "b": jnp.ones(())},
     "integer keys": lambda: {0: jnp.ones(2), 1: {2: jnp.zeros(3)}},
     "FrozenDict": lambda: FrozenDict({"a": {"kernel": jnp.ones((2, 3))}}),
@@ -126,6 +126,15 @@ TREES: dict[str, Callable[[], Any]] = {
         "old key": jax.random.PRNGKey(0),
     },
 }
+
+
+TREES = tuple(_BUILDERS)
+_build = functools.cache(lambda name: _BUILDERS[name]())
+
+
+def make_tree(name: str) -> Any:
+    """Returns a new tree by its name in TREES; the arrays are made once."""
+    return jax.tree.map(lambda x: x, _build(name))
 
 
 START, ONLINE = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}  # where the tree does not matter
