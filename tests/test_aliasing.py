@@ -62,7 +62,7 @@ def test_donated_online_parameters_leave_the_target(kind: str, params: Any, comp
         assert is_deleted(before)
         if method == "update" and target.step == 0:
             assert_equal_values(arrays(target.params), expected)  # as constructed
-        with jax.disable_jit(not compiled):  # without jit nothing makes a copy by the way
+        with jax.disable_jit(not compiled):  # without jit the package has to make every copy
             getattr(target, method)(params)
     expected, before = arrays(target.params), params
     train_and_donate(params)

@@ -57,7 +57,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     for steps in (2 * dqn.BLOCK, STEPS) if target == "ema" else (STEPS,):
         main(monkeypatch, "--resume", "--steps", steps, "--out", tmp_path)
         bar = capfd.readouterr().err
-        assert f"{done}/{steps}" in bar  # it goes on where it stopped
+        assert f"{done}/{steps}" in bar  # the progress bar starts where the run stopped
         done = steps
     resumed, whole = (dqn.load(path / "checkpoint.msgpack") for path in (tmp_path, expected))
     assert_same(arrays(strip(resumed)), arrays(strip(whole)))

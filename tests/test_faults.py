@@ -186,7 +186,7 @@ def train(path, steps, ready):
     os._exit(0)
 
 def life(path, steps, patience):
-    "Trains in a process of its own, until it is killed; returns whether it was."
+    "Trains in another process, which is killed unless patience is None; returns its exit code."
     reading, ready = os.pipe()
     pid = os.fork()  # nothing has run on a device here, so that a copy of this process can
     if not pid:

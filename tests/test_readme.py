@@ -27,10 +27,8 @@ def sections() -> dict[str, str]:
 
 
 PYTHON = {title: code for title, text in sections().items() if (code := blocks(text, "python"))}
-BEGINNING = [
-    *PYTHON.pop("Install"),
-    *PYTHON.pop("In your code"),
-]  # starts each section
+# The code that each section goes on from.
+BEGINNING = [*PYTHON.pop("Install"), *PYTHON.pop("In your code")]
 DIFFS = blocks(README, "diff")
 
 
