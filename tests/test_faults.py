@@ -226,4 +226,4 @@ def test_a_run_that_is_killed_at_any_moment_resumes_bit_for_bit(tmp_path: Path) 
         for process in processes:
             printed, _ = process.communicate(timeout=200)
             assert process.returncode == 0
-            assert int(printed) > 10  # the run progressed between the kills
+            assert int(printed) > 5  # the run progressed between the kills
