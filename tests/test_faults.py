@@ -220,10 +220,10 @@ def test_a_run_that_is_killed_at_any_moment_resumes_bit_for_bit(tmp_path: Path) 
         processes = []
         for cls in (EMATarget, PeriodicTarget):  # both at once
             (folder := tmp_path / cls.__name__).mkdir()
-            command = [sys.executable, "-c", TRAINING, cls.__name__, "8", str(folder)]
+            command = [sys.executable, "-c", TRAINING, cls.__name__, "6", str(folder)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             processes.append(stack.enter_context(process))
         for process in processes:
             printed, _ = process.communicate(timeout=200)
             assert process.returncode == 0
-            assert int(printed) > 5  # the run progressed between the kills
+            assert int(printed) > 4  # the run progressed between the kills
