@@ -1,252 +1,32 @@
-"""Parameter trees of every kind that a project may hold, and how to move one along."""
+"""Settings of the test processes, and the fixtures that several files use."""
 
 import os
 
-# One thread of BLAS: those of several test processes, waiting for each other, take twice as long.
+# Limits BLAS to one thread: the threads of several test processes would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import contextlib
-import functools
-import logging
-import resource
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-import attrs
-import chex
-import equinox as eqx
-import flax.struct
-import haiku as hk
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import linen, nnx
-from flax.core import FrozenDict
 
-import target_nets
+pytest.register_assert_rewrite("helpers")  # before they are imported
 
-PACKAGE = str(Path(target_nets.__file__).parent)
+from helpers.compilations import count_compilations  # noqa: E402
+from helpers.trees import TREES, make_tree  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Of several processes, one that is done takes tests over from another: the longest ones are few."""
+    """Lets a test process that is done take over tests from another: a few tests take long."""
     if config.getoption("dist", None) == "load":
         config.option.dist = "worksteal"
 
 
-class Pair(NamedTuple):
-    kernel: Any
-    bias: Any
-
-
-@flax.struct.dataclass
-class FlaxStruct:
-    kernel: Any
-    name: str = flax.struct.field(pytree_node=False, default="static")
-
-
-@chex.dataclass
-class ChexStruct:
-    kernel: Any
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["kernel"], meta_fields=["name"])
-@attrs.frozen
-class AttrsStruct:
-    kernel: Any
-    name: str = "static"
-
-
-@jax.tree_util.register_pytree_node_class
-class Unkeyed:
-    """A node whose children have no names."""
-
-    def __init__(self, *children: Any) -> None:
-        self.children = children
-
-    def tree_flatten(self) -> tuple[Any, None]:
-        return self.children, None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "Unkeyed":
-        return cls(*children)
-
-
-class Network(nnx.Module):
-    """BatchNorm has statistics, Dropout a PRNG key and a counter; the list has integer names."""
-
-    def __init__(self) -> None:
-        rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.scale = nnx.data(jnp.ones(()))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.layers[1](self.dropout(self.norm(self.layers[0](x)))) * self.scale
-
-
-def _haiku() -> Any:
-    network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 2])(x)))
-    return network.init(jax.random.key(0), jnp.ones((1, 3)))
-
-
-def _equinox() -> Any:
-    return eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
-
-
-def _tied() -> Any:
-    class Tied(nnx.Module):
-        def __init__(self) -> None:
-            self.encoder = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-            self.decoder = self.encoder
-
-    return nnx.state(Tied())
-
-
-TREES: dict[str, Callable[[], Any]] = {
-    "dict": lambda: {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "b": jnp.ones(())},
-    "integer keys": lambda: {0: jnp.ones(2), 1: {2: jnp.zeros(3)}},
-    "FrozenDict": lambda: FrozenDict({"a": {"kernel": jnp.ones((2, 3))}}),
-    "list and tuple": lambda: [jnp.ones(2), (jnp.zeros(3), [jnp.ones((1, 2))])],
-    "NamedTuple": lambda: Pair(jnp.ones((2, 3)), jnp.zeros(3)),
-    "bare array": lambda: jnp.arange(3.0),
-    "None and empty nodes": lambda: {"a": None, "b": {}, "c": [], "d": (), "e": jnp.ones(2)},
-    "no array at all": lambda: {"a": {}},
-    "flax struct": lambda: {"a": FlaxStruct(jnp.ones(2))},
-    "chex dataclass": lambda: {"a": ChexStruct(kernel=jnp.ones(2))},
-    "attrs class": lambda: [AttrsStruct(jnp.ones(2)), None],
-    "unkeyed node": lambda: Unkeyed(jnp.ones(2), {"a": jnp.zeros(3)}),
-    "nnx.State": lambda: nnx.state(Network()),
-    "nnx.State, tied": _tied,
-    "nnx.State in a dict": lambda: {"network": nnx.state(Network()), "log_alpha": jnp.zeros(())},
-    "nnx.Module": Network,
-    "nnx.Module, evaluating": lambda: _evaluating(Network()),
-    "nnx.Param": lambda: {"w": nnx.Param(jnp.ones(2))},
-    "Linen": lambda: linen.Dense(2).init(jax.random.key(0), jnp.ones((1, 3))),
-    "Equinox": _equinox,
-    "Haiku": _haiku,
-    "NumPy": lambda: {"w": np.ones((2, 3), np.float32), "n": np.zeros((), np.int32)},
-    "every dtype": lambda: {
-        "bfloat16": jnp.ones(3, jnp.bfloat16),
-        "float16": jnp.ones(3, jnp.float16),
-        "float8": jnp.ones(3, jnp.float8_e4m3fn),
-        "complex64": jnp.ones(3, jnp.complex64) * (1 + 2j),
-        "int32": jnp.arange(3),
-        "int8": jnp.arange(3, dtype=jnp.int8),
-        "bool": jnp.array([True, False]),
-        "key": jax.random.split(jax.random.key(0), 2),
-        "rbg": jax.random.key(0, impl="rbg"),
-        "old key": jax.random.PRNGKey(0),
-    },
-}
-
-
-def _evaluating(module: Any) -> Any:
-    module.eval()
-    return module
-
-
-def moved(tree: Any, by: float = 1.0) -> Any:
-    """Other values in the same tree, as training would leave them."""
-
-    def move(x: Any) -> Any:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            impl = jax.random.key_impl(x)
-            return jax.random.wrap_key_data(jax.random.key_data(x) + np.uint32(by), impl=impl)
-        if x.dtype == bool:
-            return ~x
-        return (x + jnp.asarray(by).astype(x.dtype)).astype(x.dtype)
-
-    return jax.tree.map(move, tree)
-
-
-def arrays(tree: Any) -> list[np.ndarray]:
-    """The leaves as NumPy arrays, keys as their data; copies, since a view keeps jax from donating."""
-    return [
-        np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
-        for x in jax.tree.leaves(tree)
-    ]
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    """Equal structures, dtypes and bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for x, y in zip(arrays(got), arrays(expected), strict=True):
-        assert x.dtype == y.dtype
-        assert x.shape == y.shape
-        assert x.tobytes() == y.tobytes()
-
-
-def interposed(call: Callable[[], Any], do: Callable[[], Any], moment: int, event: str) -> Any:
-    """The result of a call, and whether something was done before a certain moment of it.
-
-    Moments are the lines, or the instructions, of the package that the call runs, counted from 0.
-    """
-    left, done = moment, False
-
-    def trace(frame: FrameType, what: str, _: Any) -> Any:
-        nonlocal left, done
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        frame.f_trace_opcodes = event == "opcode"
-        if what == event:
-            left -= 1
-            if left == -1:
-                done = True
-                sys.settrace(None)
-                do()
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        return call(), done
-    finally:
-        sys.settrace(previous)
-
-
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Where no file can grow beyond a size in bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.fixture(params=TREES, name="tree")
 def _tree(request: pytest.FixtureRequest) -> Any:
-    return TREES[request.param]()
+    return make_tree(request.param)
 
 
 @pytest.fixture(name="trace_counter")
 def _trace_counter() -> Any:
-    """Counts what jax compiles: a context whose value lists the names."""
-
-    @contextlib.contextmanager
-    def count() -> Iterator[list[str]]:
-        names: list[str] = []
-
-        class Handler(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                if "Compiling" in record.getMessage():
-                    names.append(record.getMessage())
-
-        handler, logger = Handler(), logging.getLogger("jax")
-        logger.addHandler(handler)
-        propagate, logger.propagate = logger.propagate, False
-        try:
-            with jax.log_compiles(True):
-                yield names
-        finally:
-            logger.removeHandler(handler)
-            logger.propagate = propagate
-
-    return count
+    """Returns a context manager that lists what jax compiles."""
+    return count_compilations

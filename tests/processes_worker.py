@@ -1,7 +1,7 @@
-"""One process of those that test_processes.py starts: trains on all their devices, and saves.
+"""A worker of test_processes.py: it trains on the devices of all workers, and saves.
 
-The weights stay on a grid, the loss is of first order and a step goes by the signs of summed gradients.
-So no sum is ever rounded, whatever its order: on any devices the same bits come out, and in NumPy.
+The weights stay on a grid, the loss is of first order, and a step follows the signs of summed gradients.
+So no sum is rounded, whatever its order: the result has the same bits on any devices, and in NumPy.
 """
 
 import argparse
@@ -26,25 +26,25 @@ POISONED = 2  # the step at which one online value is nan
 
 
 def start() -> dict[str, np.ndarray]:
-    """The weights of two layers, 16 to 32 to 8."""
+    """Returns the weights of two layers, 16 to 32 to 8."""
     rng = np.random.default_rng(0)
     shapes = {"inner": (16, 32), "outer": (32, 8)}
     return {name: rng.integers(-32, 33, shape) * np.float32(GRID) for name, shape in shapes.items()}
 
 
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (BATCH, 16) and goals (BATCH, 8), small integers."""
+    """Returns inputs (BATCH, 16) and goals (BATCH, 8), which are small integers."""
     rng = np.random.default_rng((1, step))
     return tuple(rng.integers(-2, 3, (BATCH, width)).astype(np.float32) for width in (16, 8))
 
 
 def loss(params: Any, inputs: jax.Array, goals: jax.Array) -> jax.Array:
-    """The sum of absolute errors."""
+    """Returns the sum of absolute errors."""
     return jnp.sum(jnp.abs(jax.nn.relu(inputs @ params["inner"]) @ params["outer"] - goals))
 
 
 def train_step(state: Any, inputs: jax.Array, goals: jax.Array) -> Any:
-    """One step along the signs of all gradients so far, summed; the targets follow."""
+    """Takes a step along the signs of the sum of all gradients so far, and updates the targets."""
     grads = jax.grad(loss)(state["params"], inputs, goals)
     momentum = jax.tree.map(jnp.add, state["momentum"], grads)
     params = jax.tree.map(lambda p, m: p - GRID * jnp.sign(m), state["params"], momentum)
@@ -53,13 +53,13 @@ def train_step(state: Any, inputs: jax.Array, goals: jax.Array) -> Any:
 
 
 def placed(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """An array over all devices of all processes, its first axis split."""
+    """Splits the first axis of an array over all devices of all processes."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def fresh(mesh: Mesh) -> tuple[Any, EMATarget[Any]]:
-    """A state with targets that the train step updates, and a target that eager Python does."""
+    """Returns a state whose targets the train step updates, and a target for eager updates."""
     params = {name: placed(array, mesh) for name, array in start().items()}
     targets = EMATarget(params, STEP_SIZE), PeriodicTarget(params, PERIOD)
     state = {
@@ -71,12 +71,12 @@ def fresh(mesh: Mesh) -> tuple[Any, EMATarget[Any]]:
 
 
 def poisoned(params: Any) -> Any:
-    """The same parameters but for one nan, which one device holds."""
+    """Returns the same parameters with one nan, which is on one device."""
     return params | {"outer": params["outer"].at[-1, -1].set(jnp.nan)}
 
 
 def shards(tree: Any) -> dict[tuple[str, int], np.ndarray]:
-    """What this process holds of a tree, by key path and the first row."""
+    """Returns the shards of this process by key path and first row."""
     return {
         (jax.tree_util.keystr(path), shard.index[0].start or 0 if leaf.ndim else 0): np.asarray(
             shard.data
@@ -88,14 +88,14 @@ def shards(tree: Any) -> dict[tuple[str, int], np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path)  # of what it writes
-    parser.add_argument("--steps", type=int, nargs="+")  # after which it writes what it holds
+    parser.add_argument("--folder", type=Path)  # for its output
+    parser.add_argument("--steps", type=int, nargs="+")  # after each of these it writes its shards
     parser.add_argument("--devices", type=int)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--port", type=int)
     parser.add_argument("--resume", type=int)  # from the checkpoint after this step
-    parser.add_argument("--save", action="store_true")  # after the last step; then it waits for its end
+    parser.add_argument("--save", action="store_true")  # saves after the last step, and waits
     args = parser.parse_args()
 
     jax.config.update("jax_num_cpu_devices", args.devices)

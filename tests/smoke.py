@@ -1,8 +1,8 @@
-"""A program for a fresh environment that holds the package, its own dependencies and nothing else.
+"""A program for a fresh environment with the package and its dependencies alone.
 
     python -I -W error tests/smoke.py [lowest-direct]
 
-With the argument it looks whether those are the oldest that the package allows.
+With the argument it checks that those are the oldest versions that the package allows.
 """
 
 import platform
@@ -26,7 +26,7 @@ if "lowest-direct" in sys.argv:
 params = {"w": jnp.zeros(3), "h": jnp.zeros(2, jnp.bfloat16), "n": jnp.int32(0)}
 online = {"w": jnp.ones(3), "h": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(1)}
 
-# Eager, with everything on; and a checkpoint.
+# Eager updates with every setting, and a checkpoint.
 target = EMATarget(params, 0.25, compensated=True, skip_nonfinite=True, donate=True)
 target.update(online).update({**online, "w": jnp.full(3, jnp.nan)})
 assert (target.step, target.skipped) == (2, 1)
@@ -35,7 +35,7 @@ fresh = EMATarget(params, 0.25, compensated=True, skip_nonfinite=True)
 assert serialization.from_bytes(fresh, serialization.to_bytes(target)).distance(target.params) == 0
 
 
-# In jit and scan, with a schedule, beside a periodic copy; in vmap, over step sizes.
+# A schedule and a periodic copy in jit and scan; step sizes in vmap.
 @jax.jit
 def train(targets):
     def step(targets, _):
@@ -51,7 +51,7 @@ sweep = jax.vmap(lambda s: EMATarget(params, s).update(online))(jnp.array([0.0, 
 np.testing.assert_array_equal(sweep.params["w"][:, 0], [0, 0.5, 1])
 
 
-# In nnx, as an attribute.
+# An attribute of an nnx.Module.
 class Agent(nnx.Module):
     def __init__(self, rngs):
         self.network = nnx.Linear(2, 2, rngs=rngs)

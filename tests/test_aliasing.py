@@ -1,5 +1,6 @@
-"""No buffer is ever shared with the online parameters: donating or changing them leaves the target."""
+"""A target shares no buffer with the online parameters, which may be donated or changed."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,81 +8,86 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, assert_same, moved
+from helpers.comparisons import arrays, assert_equal_values, assert_same
+from helpers.targets import MAKERS, make_makers
+from helpers.trees import perturb
 
-from target_nets import EMATarget, PeriodicTarget, incremental_update, periodic_update
+from target_nets import EMATarget, incremental_update, periodic_update
 
-KINDS = {
+LEAVES: dict[str, Callable[[], Any]] = {
     "float32": lambda: jnp.arange(1024.0),
     "bfloat16": lambda: jnp.arange(1024, dtype=jnp.bfloat16),
     "int32": lambda: jnp.arange(1024),
     "key": lambda: jax.random.split(jax.random.key(0), 64),
     "weak": lambda: jnp.full((), 2.0),
 }
-MAKERS: dict[str, Callable[[Any], Any]] = {
-    "ema": lambda p: EMATarget(p, 0.5),
-    "ema, step size 1": lambda p: EMATarget(p, 1),
-    "ema, no mask": lambda p: EMATarget(p, 0.5, mask=False),
-    "ema, donate": lambda p: EMATarget(p, 1, donate=True),
-    "ema, compensated": lambda p: EMATarget(p, 1, compensated=True, donate=True),
-    "ema, skipping": lambda p: EMATarget(p, 1, skip_nonfinite=True),
-    "periodic": lambda p: PeriodicTarget(p, 1),
-    "periodic, donate": lambda p: PeriodicTarget(p, 1, donate=True),
+# At step size 1 the average is the online value, which could be returned instead of a copy.
+COPYING = make_makers(step_size=1, period=1)
+DONATING = make_makers(step_size=1, period=1, donate=True)
+TARGETS: dict[str, Callable[[Any], Any]] = {
+    "ema": MAKERS["ema"],
+    "ema, step size 1": COPYING["ema"],
+    "ema, nothing averaged": make_makers(mask=False)["ema"],
+    "ema, donate": DONATING["ema"],
+    "ema, compensated, donate": DONATING["ema, compensated"],
+    "ema, skipping": COPYING["ema, skipping"],
+    "periodic": COPYING["periodic"],
+    "periodic, donate": DONATING["periodic"],
 }
 
 
-def trained(params: Any) -> Any:
+def train_and_donate(params: Any) -> Any:
     """A train step that reuses the memory of its parameters."""
-    return jax.jit(moved, donate_argnums=0)(params)
+    return jax.jit(perturb, donate_argnums=0)(params)
 
 
-def deleted(tree: Any) -> bool:
+def is_deleted(tree: Any) -> bool:
     return all(x.is_deleted() for x in jax.tree.leaves(tree))
 
 
-@pytest.fixture(params=KINDS, name="params")
+@pytest.fixture(params=["float32", "every kind"], name="params")
 def _params(request: pytest.FixtureRequest) -> Any:
-    return {"w": KINDS[request.param](), "again": [KINDS[request.param]()]}
+    """A tree that is read as it is held, and one whose bfloat16 leaf is cast on reading."""
+    names = LEAVES if request.param == "every kind" else ["float32"]
+    return {name: [LEAVES[name](), LEAVES[name]()] for name in names}
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("compiled", [True, False])
 def test_donated_online_parameters_leave_the_target(kind: str, params: Any, compiled: bool) -> None:
-    target = MAKERS[kind](params)
+    target = TARGETS[kind](params)
     for method in ("update", "sync", "update"):
         expected, before = arrays(params), params
-        params = trained(params)
-        assert deleted(before)
+        params = train_and_donate(params)
+        assert is_deleted(before)
         if method == "update" and target.step == 0:
-            for x, y in zip(arrays(target.params), expected, strict=True):
-                np.testing.assert_array_equal(x, y)  # as constructed
-        with jax.disable_jit(not compiled):  # where nothing is copied that is not told to be
+            assert_equal_values(arrays(target.params), expected)  # as constructed
+        with jax.disable_jit(not compiled):  # without jit the package has to make every copy
             getattr(target, method)(params)
     expected, before = arrays(target.params), params
-    trained(params)
-    assert deleted(before)
+    train_and_donate(params)
+    assert is_deleted(before)
     assert not any(x.is_deleted() for x in jax.tree.leaves(target.params))
-    for x, y in zip(arrays(target.params), expected, strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert_equal_values(arrays(target.params), expected)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_a_target_updated_inside_the_train_step(kind: str, params: Any) -> None:
-    target = MAKERS[kind](params)
+    target = TARGETS[kind](params)
 
     def train(params: Any, target: Any) -> Any:
-        params = moved(params)
+        params = perturb(params)
         return params, target.update(params)
 
     step = jax.jit(train, donate_argnums=(0, 1))
     target = jax.jit(lambda t: t)(target)
     for _ in range(3):
         params, target = step(params, target)
-    trained(params)
+    train_and_donate(params)
     arrays(target.params)
     sync = jax.jit(lambda p, t: (p, t.sync(p)))
-    params, target = sync(moved(target.params), target)
-    trained(params)
+    params, target = sync(perturb(target.params), target)
+    train_and_donate(params)
     arrays(target.params)
 
 
@@ -96,17 +102,16 @@ def test_the_rules_return_no_buffer_of_the_new_tensors(params: Any) -> None:
         lambda new, old: jax.jit(lambda new, old: (new, periodic_update(new, old, 0, 2)))(new, old)[1],
     ]
     for rule in rules:
-        online = moved(params)
+        online = perturb(params)
         slow = rule(online, params)
         expected = arrays(slow)
-        trained(online)
-        assert deleted(online)
-        for x, y in zip(arrays(slow), expected, strict=True):
-            np.testing.assert_array_equal(x, y)
+        train_and_donate(online)
+        assert is_deleted(online)
+        assert_equal_values(arrays(slow), expected)
 
 
-def aligned(value: float) -> dict[str, np.ndarray]:
-    """NumPy memory that jax shares instead of copying, where it can: aligned to 64 bytes, and large."""
+def make_aligned(value: float) -> dict[str, np.ndarray]:
+    """Returns NumPy arrays that jax would share instead of copying: large and aligned to 64 bytes."""
     memory = np.empty((1 << 20) + 16, np.float32)
     start = -memory.ctypes.data // 4 % 16
     params = memory[start : start + (1 << 20)]
@@ -114,14 +119,14 @@ def aligned(value: float) -> dict[str, np.ndarray]:
     return {"w": params}
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_numpy_parameters_may_change_afterwards(kind: str) -> None:
-    params = aligned(0)
-    target = MAKERS[kind](params)
+    params = make_aligned(0)
+    target = TARGETS[kind](params)
     params["w"][:] = 7
     assert not np.any(target.params["w"])
     for _ in range(5):  # jax may read its arguments when the call is over
-        online = aligned(1)
+        online = make_aligned(1)
         target.sync(online)
         online["w"][:] = 7
         assert np.all(target.params["w"] == 1)
@@ -133,7 +138,7 @@ def test_numpy_parameters_may_change_afterwards(kind: str) -> None:
 
 def test_numpy_tensors_of_the_rules_may_change_afterwards() -> None:
     for _ in range(5):
-        new, old = aligned(1), aligned(3)
+        new, old = make_aligned(1), make_aligned(3)
         got = incremental_update(new, old, 0.5), periodic_update(new, old, 2, 2)
         new["w"][:] = old["w"][:] = 7
         assert np.all(got[0]["w"] == 2)
@@ -141,8 +146,6 @@ def test_numpy_tensors_of_the_rules_may_change_afterwards() -> None:
 
 
 def test_a_donated_target_leaves_its_copies_and_the_online_parameters() -> None:
-    import copy
-
     params = {"w": jnp.ones(64)}
     target = EMATarget(params, 0.5)
     twin = copy.copy(target)

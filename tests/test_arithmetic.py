@@ -1,4 +1,4 @@
-"""The average is what mathematics says, to the rounding of its dtype, at any step size and value."""
+"""The average is right up to the rounding of its dtype, at any step size and for any values."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.serialization import to_state_dict
+from helpers.comparisons import bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ REAL = [*LOW, jnp.float32]
 HUGE = 2.0**126
 TINY = float(np.finfo(np.float32).tiny)
 
-# One compiled function a dtype and shape: examples are batches of a fixed length.
+# Examples are batches of a fixed length, so that there is one compiled function for each dtype.
 LENGTH = 8
 step_sizes = st.sampled_from([0.0, TINY, 1e-6, 0.005, 0.5, 1 - 1e-6, 1.0]) | st.floats(0, 1, width=32)
 
@@ -36,24 +37,22 @@ def values(dtype: Any) -> st.SearchStrategy[np.ndarray]:
 pairs = st.sampled_from(REAL).flatmap(lambda dtype: st.tuples(values(dtype), values(dtype)))
 
 
-def bits(x: Any) -> bytes:
-    return np.asarray(x).tobytes()
-
-
-def exact(new: Any, old: Any, step_size: float) -> np.ndarray:
+def average_in_float64(new: Any, old: Any, step_size: float) -> np.ndarray:
     new, old = np.asarray(new, np.float64), np.asarray(old, np.float64)
     return old + np.float64(np.float32(step_size)) * (new - old)
 
 
 @settings(max_examples=300, deadline=None)
 @given(pairs, step_sizes)
-def test_within_rounding_of_float64(pair: tuple[np.ndarray, np.ndarray], step_size: float) -> None:
+def test_the_average_is_that_of_float64_up_to_rounding(
+    pair: tuple[np.ndarray, np.ndarray], step_size: float
+) -> None:
     new, old = pair
     got = np.asarray(incremental_update(new, old, step_size))
     assert got.dtype == old.dtype
     info = ml_dtypes.finfo(old.dtype)
-    expected = exact(new, old, step_size)
-    # Float32 arithmetic errs by a few of its own units, of the larger value; then one rounding.
+    expected = average_in_float64(new, old, step_size)
+    # Float32 arithmetic errs by a few units of the larger value; then the result is rounded once.
     scale = np.maximum(np.abs(np.asarray(new, np.float64)), np.abs(np.asarray(old, np.float64)))
     arithmetic = 3 * np.finfo(np.float32).eps * scale
     rounding = 0.0 if old.dtype == np.float32 else 0.5 * float(info.eps) * np.abs(expected)
@@ -67,7 +66,8 @@ def test_within_rounding_of_float64(pair: tuple[np.ndarray, np.ndarray], step_si
 @given(pairs, step_sizes)
 def test_a_constant_online_value_is_the_exact_fixed_point(pair: Any, step_size: float) -> None:
     value = np.where(np.abs(pair[0].astype(np.float32)) < TINY, np.abs(pair[1] * 0), pair[0])
-    assert bits(incremental_update(value, value, step_size)) == bits(value)  # denormals aside: see below
+    # Denormals were left out, since XLA may flush them to zero.
+    assert bits(incremental_update(value, value, step_size)) == bits(value)
 
 
 @settings(max_examples=200, deadline=None)
@@ -92,7 +92,7 @@ def test_the_average_lies_between_and_never_overflows(pair: Any, step_size: floa
     if old.dtype == np.float32:
         low, high = low - slack, high + slack
     low, high = np.where(np.abs(low) <= TINY, -TINY, low), np.where(np.abs(high) <= TINY, TINY, high)
-    assert ((low <= got) & (got <= high)).all()  # but XLA may flush a denormal to zero
+    assert ((low <= got) & (got <= high)).all()  # XLA may flush a denormal to zero
 
 
 NONFINITE = [jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64]
@@ -100,11 +100,11 @@ NONFINITE = [jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32, jnp.comple
 
 @pytest.mark.parametrize("dtype", NONFINITE)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_the_ends_hold_beside_nonfinite_values(dtype: Any, bad: float) -> None:
+def test_both_ends_are_exact_if_the_other_side_is_nonfinite(dtype: Any, bad: float) -> None:
     one, other = np.ones(2, dtype), np.full(2, bad).astype(dtype)
-    for step_size in (lambda s: s, jnp.float32):
-        assert bits(incremental_update(one, other, step_size(1))) == bits(one)
-        assert bits(incremental_update(other, one, step_size(0))) == bits(one)
+    for number in (int, jnp.float32):
+        assert bits(incremental_update(one, other, number(1))) == bits(one)
+        assert bits(incremental_update(other, one, number(0))) == bits(one)
 
 
 @pytest.mark.parametrize("dtype", NONFINITE[:-1])
@@ -154,9 +154,7 @@ def test_complex_is_averaged_part_by_part(new: np.ndarray, old: np.ndarray, step
     assert bits(got.imag) == bits(incremental_update(old, -new, step_size))
 
 
-def test_a_bfloat16_average_moves_where_the_textbook_formula_stands_still() -> None:
-    from target_nets import EMATarget
-
+def test_a_bfloat16_average_arrives_where_the_textbook_formula_stands_still() -> None:
     online = {"w": jnp.full(3, 1.5, jnp.bfloat16)}
     target = EMATarget({"w": jnp.ones(3, jnp.bfloat16)}, 0.005)
 
@@ -168,22 +166,22 @@ def test_a_bfloat16_average_moves_where_the_textbook_formula_stands_still() -> N
 
 
 @pytest.mark.parametrize("settings", [{}, {"compensated": True}, {"accumulator_dtype": jnp.bfloat16}])
-def test_bfloat16_made_in_the_same_program_counts_as_it_was_rounded(settings: Any) -> None:
+def test_bfloat16_parameters_are_rounded_before_the_average_in_the_same_program(settings: Any) -> None:
     x = jnp.linspace(-1, 1, 64, dtype=jnp.bfloat16)
 
-    def trained(x: jax.Array) -> jax.Array:
+    def train(x: jax.Array) -> jax.Array:
         return x + x * x * jnp.bfloat16(0.33)
 
     @jax.jit
     def step(x: jax.Array, target: Any, copied: Any) -> tuple[Any, Any, Any, Any]:
-        x = trained(x)
+        x = train(x)
         return x, target.update(x), copied.sync(x), copied.distance(x)
 
-    def fresh() -> tuple[Any, Any]:
+    def make_two() -> tuple[Any, Any]:
         return EMATarget(x, 0.3, **settings), EMATarget(x, 0.3, **settings)
 
-    online, target, copied, distance = step(x, *fresh())
-    expected, expected_copy = fresh()
+    online, target, copied, distance = step(x, *make_two())
+    expected, expected_copy = make_two()
     assert bits(to_state_dict(target)["params"]) == bits(
         to_state_dict(expected.update(online))["params"]
     )

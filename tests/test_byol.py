@@ -1,4 +1,4 @@
-"""The BYOL example learns features, resumes to the bit after any epoch, and refuses other settings."""
+"""The BYOL example learns features, resumes bit for bit after any epoch, and refuses other settings."""
 
 import itertools
 import os
@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, assert_same, full_disk
 from flax import nnx, serialization
+from helpers.comparisons import arrays, assert_same
+from helpers.faults import full_disk
 
 from target_nets import EMATarget, posthoc, schedules
 
 EPOCHS = 4
 
 
-def all_of(run: byol.Run) -> list[np.ndarray]:
-    """Every array that training changes."""
+def trained_arrays(run: byol.Run) -> list[np.ndarray]:
+    """Returns every array that training changes."""
     return [*arrays(nnx.to_pure_dict(nnx.state(run.byol))), np.array(run.losses)]
 
 
@@ -31,7 +32,7 @@ def _uninterrupted() -> byol.Run:
 
 
 @pytest.mark.parametrize("stop", range(EPOCHS + 1))
-def test_stopped_after_any_epoch_it_resumes_to_the_bit(
+def test_a_run_resumes_bit_for_bit_after_any_epoch(
     stop: int, uninterrupted: byol.Run, tmp_path: Path
 ) -> None:
     first = byol.Run(seed=3, epochs=EPOCHS)
@@ -41,16 +42,16 @@ def test_stopped_after_any_epoch_it_resumes_to_the_bit(
     second = byol.Run(seed=3, epochs=EPOCHS)
     second.restore(tmp_path / "byol.msgpack")
     byol.train(second)
-    assert_same(all_of(second), all_of(uninterrupted))
+    assert_same(trained_arrays(second), trained_arrays(uninterrupted))
     assert second.byol.target.step == EPOCHS * 5
     assert second.byol.target.distance(nnx.state(second.byol.student.branch)) > 0
 
 
-def test_a_checkpoint_of_other_shapes_is_refused_and_nothing_taken_over(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_shapes_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     run = byol.Run(seed=3, epochs=EPOCHS)
     run.save(tmp_path / "byol.msgpack")
     saved = serialization.msgpack_restore((tmp_path / "byol.msgpack").read_bytes())
-    before = all_of(run)
+    before = trained_arrays(run)
     for part, path in (("target", ["params", "projector"]), ("student", [0])):
         node = saved[part]
         for key in path:
@@ -62,20 +63,20 @@ def test_a_checkpoint_of_other_shapes_is_refused_and_nothing_taken_over(tmp_path
         with pytest.raises(ValueError, match="no checkpoint of this run"):
             run.restore(tmp_path / "byol.msgpack")
         layer["kernel"] = kernel
-    assert_same(all_of(run), before)
+    assert_same(trained_arrays(run), before)
 
 
-def test_looking_at_features_changes_nothing() -> None:
-    looked, unseen = (byol.Run(seed=3, epochs=EPOCHS) for _ in range(2))
-    looked.spread()
-    looked.features(looked.byol.slow())
-    for run in (looked, unseen):
+def test_evaluation_changes_nothing() -> None:
+    evaluated, other = (byol.Run(seed=3, epochs=EPOCHS) for _ in range(2))
+    evaluated.spread()
+    evaluated.features(evaluated.byol.slow())
+    for run in (evaluated, other):
         run.epoch()
-    assert_same(all_of(looked), all_of(unseen))
+    assert_same(trained_arrays(evaluated), trained_arrays(other))
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_ctrl_c_finishes_the_epoch_and_the_run_goes_on_to_the_bit(
+def test_ctrl_c_finishes_the_epoch_and_the_run_resumes_bit_for_bit(
     number: int, uninterrupted: byol.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (byol.Run(seed=3, epochs=EPOCHS) for _ in range(2))
@@ -92,7 +93,7 @@ def test_ctrl_c_finishes_the_epoch_and_the_run_goes_on_to_the_bit(
     assert len(first.losses) == number + 1
     second.restore(tmp_path / "byol.msgpack")
     byol.train(second)
-    assert_same(all_of(second), all_of(uninterrupted))
+    assert_same(trained_arrays(second), trained_arrays(uninterrupted))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_the_program(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
     assert list(accuracy) == ["raw pixels", "untrained encoder", "online encoder", "target encoder"]
     assert accuracy["target encoder"] > accuracy["untrained encoder"] + 3  # after 12 of 200 epochs
     assert (tmp_path / "byol.png").stat().st_size > 10_000
-    assert main(monkeypatch, *settings) == 0  # nothing is left to do but to probe again
+    assert main(monkeypatch, *settings) == 0  # only the evaluation is left to do
     again, progress = capfd.readouterr()
     assert again == printed
     assert "12/12" in progress
@@ -147,7 +148,7 @@ def test_averages_of_other_lengths(monkeypatch: pytest.MonkeyPatch, capfd: Any, 
     assert main(monkeypatch, *settings) == 0
     rows = [line.split()[2:] for line in capfd.readouterr().out.splitlines() if "after step" in line]
     assert [row[0] for row in rows] == ["5", "10", "15", "20"]
-    assert {row[1] for row in rows} == {"-"}  # so short an average is not spanned
+    assert {row[1] for row in rows} == {"-"}  # the snapshots do not span an average this short
     assert all(50 < float(row[2]) < 100 for row in rows)
     assert (tmp_path / "posthoc.png").stat().st_size > 10_000
     assert len(list((tmp_path / "snapshots").iterdir())) == 2 * EPOCHS
@@ -157,7 +158,7 @@ def test_averages_of_other_lengths(monkeypatch: pytest.MonkeyPatch, capfd: Any, 
         assert "not allowed with argument" in capfd.readouterr().err
 
 
-def test_an_average_from_the_stored_ones_is_as_if_it_had_been_kept() -> None:
+def test_a_reconstructed_average_is_near_the_one_during_training() -> None:
     run, stored = byol.Run(seed=3, epochs=EPOCHS), []
     lengths = [*byol.STORED, schedules.power_function(sigma_rel=0.07)]
     start = nnx.state(run.byol.student.branch)
@@ -166,13 +167,13 @@ def test_an_average_from_the_stored_ones_is_as_if_it_had_been_kept() -> None:
         run.epoch()
         pairs = list(zip(lengths, run.byol.averages, strict=True))
         stored += [(average.step, length.gamma, average.params) for length, average in pairs[:2]]
-    *_, kept = run.byol.averages
-    assert kept.step == EPOCHS * 5
+    *_, during = run.byol.averages
+    assert during.step == EPOCHS * 5
     after = posthoc.reconstruct(stored, sigma_rel=0.07)
-    assert kept.distance(after) < 0.2 * min(kept.distance(params) for _, _, params in stored)
+    assert during.distance(after) < 0.2 * min(during.distance(params) for _, _, params in stored)
 
 
-def test_the_target_is_the_papers_average() -> None:
+def test_the_target_is_the_average_of_the_paper() -> None:
     run = byol.Run(seed=0, epochs=EPOCHS)
     slow = [np.float64(x) for x in jax.tree.leaves(nnx.state(run.byol.student.branch))]
     images, key = run.images["train"][: byol.BATCH], jax.random.key(0)
@@ -194,17 +195,17 @@ def test_frozen_and_absent_targets() -> None:
     assert_same(absent.byol.target.params, nnx.state(absent.byol.student.branch))
 
 
-def test_views_are_images_of_the_same_digits() -> None:
-    images = jnp.asarray(byol.Run(seed=0, epochs=1).images["train"][:64])
+def test_views_are_images_of_the_same_digits(uninterrupted: byol.Run) -> None:
+    images = jnp.asarray(uninterrupted.images["train"][:64])
     one, other = (byol.views(jax.random.key(seed), images) for seed in (0, 1))
     assert one.shape == images.shape
-    alike = jnp.mean(jnp.sum(byol.unit(one) * byol.unit(images), -1))
+    same = jnp.mean(jnp.sum(byol.unit(one) * byol.unit(images), -1))
     others = jnp.mean(jnp.sum(byol.unit(one) * byol.unit(jnp.roll(images, 1, 0)), -1))
-    assert alike > others + 0.1
+    assert same > others + 0.1
     assert jnp.mean(jnp.abs(one - other)) > 0.03
 
 
-def test_spread_tells_a_collapse() -> None:
+def test_the_spread_shows_a_collapse() -> None:
     random = byol.unit(jax.random.normal(jax.random.key(0), (500, 64)))
     width, rank = byol.spread(random)
     assert width > 0.95

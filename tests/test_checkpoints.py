@@ -1,4 +1,4 @@
-"""A target goes through `flax.serialization` and Orbax alone and within any state, to the bit."""
+"""A checkpoint of flax.serialization or Orbax restores a target bit for bit, alone or in any state."""
 
 import contextlib
 import gc
@@ -12,54 +12,40 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import TREES, Network, arrays, assert_same, moved
 from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
+from helpers.comparisons import arrays, assert_same
+from helpers.targets import MAKERS, UPDATES, through_bytes, update
+from helpers.trees import Network, Tied, make_tree, perturb
 from jax.sharding import NamedSharding, PartitionSpec
 
 from target_nets import EMATarget, PeriodicTarget
 
 
-def harmonic(n: jax.Array) -> jax.Array:
-    return 1 / (n + 2.0)
-
-
-MAKERS: dict[str, Callable[[Any], Any]] = {
-    "ema": lambda params: EMATarget(params, 0.3),
-    "ema, schedule": lambda params: EMATarget(params, harmonic, update_period=2),
-    "ema, array": lambda params: EMATarget(params, jnp.float32(0.3)),
-    "ema, compensated": lambda params: EMATarget(params, 0.3, compensated=True),
-    "ema, skipping": lambda params: EMATarget(params, harmonic, skip_nonfinite=True),
-    "periodic": lambda params: PeriodicTarget(params, 2),
-}
-
-
-@pytest.fixture(params=MAKERS, name="make")
-def _make(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
-    return MAKERS[request.param]
-
-
-def through_bytes(target: Any, template: Any) -> Any:
-    return serialization.from_bytes(template, serialization.to_bytes(target))
-
-
-@pytest.mark.parametrize("jit", [False, True])
-def test_a_run_through_bytes_at_every_step_equals_an_uninterrupted_one(
-    tree: Any, make: Callable[[Any], Any], jit: bool
-) -> None:
-    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
+def check_resumption(tree: Any, make: Callable[[Any], Any], update: Callable[[Any, Any], Any]) -> None:
+    """Saves and restores a run at every step, and compares it with an uninterrupted run."""
     resumed, uninterrupted = make(tree), make(tree)
     for step in range(3):
-        online = moved(tree, step + 1.0)
+        online = perturb(tree, step + 1.0)
         uninterrupted = update(uninterrupted, online)
         resumed = update(through_bytes(resumed, make(tree)), online)
-        restored = through_bytes(resumed, make(moved(tree, 5.0)))
+        restored = through_bytes(resumed, make(perturb(tree, 5.0)))
         for got in (resumed, restored):
             assert type(got) is type(uninterrupted)
             assert_same(got.params, uninterrupted.params)
             assert_same(arrays(got), arrays(uninterrupted))
             assert got.step == uninterrupted.step == step + 1
         assert jax.tree.structure(restored) == jax.tree.structure(make(tree))
+
+
+def test_a_run_of_every_tree_resumes_bit_for_bit(tree: Any) -> None:
+    check_resumption(tree, MAKERS["ema, compensated"], update)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("how", UPDATES)
+def test_a_run_with_every_setting_resumes_bit_for_bit(kind: str, how: str) -> None:
+    check_resumption(make_tree("every dtype"), MAKERS[kind], UPDATES[how])
 
 
 def test_the_state_dict_is_plain_and_named(tree: Any) -> None:
@@ -93,14 +79,14 @@ def test_the_state_dict_is_plain_and_named(tree: Any) -> None:
         "bare array",
     ],
 )
-def test_named_as_flax_names_what_it_knows(name: str) -> None:
-    tree = TREES[name]()
+def test_nodes_that_flax_knows_are_named_as_in_flax(name: str) -> None:
+    tree = make_tree(name)
     assert_same(
         serialization.to_state_dict(EMATarget(tree, 0.3))["params"], serialization.to_state_dict(tree)
     )
 
 
-def test_nnx_is_named_as_to_pure_dict_with_string_keys() -> None:
+def test_nnx_state_is_named_as_in_to_pure_dict_with_string_keys() -> None:
     network = Network()
     expected = {
         "dropout": {"rngs": {"count": (), "key": (2,)}},
@@ -124,21 +110,21 @@ def test_other_nodes_are_named_by_key_path() -> None:
         "attrs class": {"0": {"kernel": (2,)}, "1": None},
         "unkeyed node": {"0": (2,), "1": {"a": (3,)}},
     }.items():
-        state = serialization.to_state_dict(PeriodicTarget(TREES[name](), 2))["params"]
+        state = serialization.to_state_dict(PeriodicTarget(make_tree(name), 2))["params"]
         assert jax.tree.map(jnp.shape, state) == expected
 
 
-def test_the_accumulator_is_what_is_saved() -> None:
+def test_the_accumulator_is_saved() -> None:
     params = {"w": jnp.ones(2, jnp.bfloat16)}
-    target = EMATarget(params, 1e-3).update(moved(params))
+    target = EMATarget(params, 1e-3).update(perturb(params))
     assert serialization.to_state_dict(target)["params"]["w"].dtype == jnp.float32
     restored = through_bytes(target, EMATarget(params, 1e-3))
     np.testing.assert_array_equal(jax.tree.leaves(restored)[0], jax.tree.leaves(target)[0])
-    model = serialization.to_state_dict(target.params)  # what loads into a model
+    model = serialization.to_state_dict(target.params)  # this loads into a model
     assert_same(serialization.from_state_dict(params, model), target.params)
 
 
-def test_inside_a_train_state_and_other_states() -> None:
+def test_a_target_in_a_train_state_and_other_states() -> None:
     class State(TrainState):
         target: Any
 
@@ -162,18 +148,18 @@ def test_inside_a_train_state_and_other_states() -> None:
     assert isinstance(twin["a"][1]["critics"][1], PeriodicTarget)
 
 
-def test_a_population() -> None:
+def test_a_population_is_restored() -> None:
     targets = jax.vmap(lambda s: EMATarget({"w": jnp.zeros(2)}, s))(jnp.array([0.1, 0.5]))
-    moved_on = jax.vmap(lambda t: t.update({"w": jnp.ones(2)}))(targets)
-    np.testing.assert_array_equal(serialization.to_state_dict(moved_on)["step"], [1, 1])
-    restored = through_bytes(moved_on, targets)
-    assert_same(restored.params, moved_on.params)
+    updated = jax.vmap(lambda t: t.update({"w": jnp.ones(2)}))(targets)
+    np.testing.assert_array_equal(serialization.to_state_dict(updated)["step"], [1, 1])
+    restored = through_bytes(updated, targets)
+    assert_same(restored.params, updated.params)
     np.testing.assert_array_equal(restored.step, [1, 1])
     with pytest.raises(ValueError, match=r"/step: expected integers of shape \[2\], got int"):
-        serialization.from_state_dict(targets, {**serialization.to_state_dict(moved_on), "step": 3})
+        serialization.from_state_dict(targets, {**serialization.to_state_dict(updated), "step": 3})
 
 
-def test_inside_jit() -> None:
+def test_restoring_inside_jit() -> None:
     @jax.jit
     def resume(params: Any, step_size: Any) -> Any:
         template = EMATarget(params, step_size, skip_nonfinite=True)
@@ -184,19 +170,19 @@ def test_inside_jit() -> None:
     assert_same(target.params, {"w": jnp.full(2, 0.5)})
 
 
-def test_an_abstract_template() -> None:
+def test_an_abstract_template_restores_the_step() -> None:
     target = EMATarget({"w": jnp.ones(2)}, 0.3).update({"w": jnp.zeros(2)})
     template = jax.eval_shape(lambda: EMATarget({"w": jnp.ones(2)}, 0.3))
     assert_same(through_bytes(target, template).update({"w": jnp.zeros(2)}).step, np.array(2, np.int32))
 
 
-def test_an_abstract_template_of_every_tree(tree: Any) -> None:
+def test_an_abstract_template_restores_every_tree(tree: Any) -> None:
     target = PeriodicTarget(tree, 2)
     restored = through_bytes(target, jax.eval_shape(lambda: PeriodicTarget(tree, 2)))
     assert_same(restored.params, target.params)
 
 
-def test_restoring_leaves_the_template_and_shares_nothing() -> None:
+def test_restoring_leaves_the_template_as_it_was_and_shares_no_buffer() -> None:
     target = EMATarget({"w": jnp.ones(64)}, 0.3, donate=True)
     template = EMATarget({"w": jnp.zeros(64)}, 0.3)
     saved = {"step": 3, "params": {"w": np.full(64, 2, np.float32)}}
@@ -273,16 +259,16 @@ def test_a_state_that_does_not_fit_is_refused_by_path(case: str) -> None:
             serialization.from_state_dict({"target": template}, {"target": state})
         assert_same(template.params, params)
         assert template.step == 0
-        assert template.update(moved(params)).step == 1
+        assert template.update(perturb(params)).step == 1
 
 
-def test_the_class_is_the_templates() -> None:
+def test_the_template_decides_the_class() -> None:
     def make(dtype: Any, **settings: Any) -> tuple[Any, Any]:
         params = {"w": jnp.ones(2, dtype)}
-        return EMATarget(params, 0.3, **settings).update(moved(params)), PeriodicTarget(params, 2)
+        return EMATarget(params, 0.3, **settings).update(perturb(params)), PeriodicTarget(params, 2)
 
     ema, periodic = make(jnp.float32)
-    for target, template in ((ema, periodic), (periodic, ema)):  # both hold step and parameters
+    for target, template in ((ema, periodic), (periodic, ema)):  # both have a step and parameters
         restored = through_bytes(target, template)
         assert type(restored) is type(template)
         assert_same(arrays(restored), arrays(target))
@@ -292,7 +278,7 @@ def test_the_class_is_the_templates() -> None:
     everything, periodic = make(jnp.float32, compensated=True, skip_nonfinite=True)
     with pytest.raises(ValueError, match=r"^\./skipped: unexpected; the target holds"):
         through_bytes(everything, periodic)
-    with pytest.raises(ValueError, match=r"^\./skipped: missing; the state holds"):  # as an older one
+    with pytest.raises(ValueError, match=r"^\./skipped: missing; the state holds"):
         through_bytes(periodic, everything)
 
 
@@ -329,7 +315,9 @@ def test_a_key_of_another_implementation_is_refused() -> None:
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-1], lambda b: b[:3], lambda b: b[:0], lambda b: b + b"x"]
 )
-def test_undecodable_bytes_are_msgpacks_own_error(damage: Callable[[bytes], bytes]) -> None:
+def test_undecodable_bytes_raise_the_error_of_msgpack(
+    damage: Callable[[bytes], bytes],
+) -> None:
     target = EMATarget({"w": jnp.zeros(2)}, 0.3)
     with pytest.raises(ValueError, match=r"."):
         serialization.from_bytes(target, damage(serialization.to_bytes(target)))
@@ -337,21 +325,16 @@ def test_undecodable_bytes_are_msgpacks_own_error(damage: Callable[[bytes], byte
 
 
 def test_tied_variables() -> None:
-    class Tied(nnx.Module):
-        def __init__(self) -> None:
-            self.encoder = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-            self.decoder = self.encoder
-
-    for params, arrays_held in ((nnx.state(Tied()), 2), (Tied(), 4)):  # a whole module holds them twice
-        target = EMATarget(params, 0.3).update(moved(params))
+    for params, arrays_held in ((nnx.state(Tied()), 2), (Tied(), 4)):  # as a module it has each twice
+        target = EMATarget(params, 0.3).update(perturb(params))
         assert len(jax.tree.leaves(target.params)) == arrays_held
         assert_same(through_bytes(target, EMATarget(params, 0.3)).params, target.params)
 
 
-@pytest.mark.parametrize("kind", [name for name in MAKERS if name != "ema, schedule"])
-def test_orbax_takes_the_target_as_a_pytree(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ema", "ema, array", "ema, everything", "periodic"])
+def test_orbax_restores_the_target_as_a_pytree(kind: str, tmp_path: Path) -> None:
     params = {"w": jnp.ones((2, 3), jnp.bfloat16), "layers": [jnp.zeros(2)]}
-    target = MAKERS[kind](params).update(moved(params))
+    target = MAKERS[kind](params).update(perturb(params))
     state = {"params": params, "target": target}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "alone", target)
@@ -370,7 +353,7 @@ def test_orbax_takes_the_target_as_a_pytree(kind: str, tmp_path: Path) -> None:
         )
 
 
-def test_restoring_shares_no_step_size() -> None:
+def test_restored_targets_share_no_step_size() -> None:
     template = EMATarget({"w": jnp.ones(4)}, jnp.float32(0.5))
     saved = serialization.to_bytes(template)
     first, second = (serialization.from_bytes(template, saved) for _ in range(2))
@@ -409,7 +392,7 @@ def test_restoring_leaves_no_array_to_the_garbage_collector(fits: bool) -> None:
         gc.enable()
 
 
-def test_placements_are_the_templates() -> None:
+def test_the_template_decides_the_placement() -> None:
     sharding = NamedSharding(jax.make_mesh((1,), ("d",)), PartitionSpec("d"))
     target = EMATarget({"w": jax.device_put(jnp.zeros(4), sharding), "b": jnp.zeros(2)}, 0.5)
     abstract = jax.tree.map(
@@ -417,4 +400,4 @@ def test_placements_are_the_templates() -> None:
     )
     for template in (target, abstract):
         assert through_bytes(target, template).params["w"].sharding == sharding
-    assert not through_bytes(target, target).params["b"].committed  # jax chose, and may choose again
+    assert not through_bytes(target, target).params["b"].committed  # jax may still choose

@@ -1,7 +1,6 @@
-"""Copies and pickles own their buffers; repr is one short line."""
+"""Copies and pickles share no buffer with the target; repr is one short line."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,53 +9,45 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays, assert_same, moved
+from helpers.comparisons import arrays, assert_equal_values, assert_same
+from helpers.targets import COPIES, at_step, harmonic
+from helpers.trees import perturb
 
 from target_nets import EMATarget, PeriodicTarget
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
+WAYS: dict[str, Callable[[Any], Any]] = {
+    **{how: COPIES[how] for how in ("copy", "deepcopy", "pickle")},
     "deepcopy of an owner": lambda target: copy.deepcopy({"agent": [target]})["agent"][0],
-    "pickle": lambda target: pickle.loads(pickle.dumps(target)),
 }
 
 
-def at_step(target: Any, step: int) -> Any:
-    leaves, treedef = jax.tree.flatten(target)
-    return treedef.unflatten([*leaves[:-1], np.array(step, np.int32)])
-
-
-def donated(target: Any) -> Any:
+def donate(target: Any) -> Any:
+    """Returns a target whose arrays were donated."""
     on_device = jax.jit(lambda t: t)(target)
     jax.jit(lambda t: t.update({"w": jnp.zeros((2, 3)), "b": jnp.zeros(2)}), donate_argnums=0)(on_device)
     return on_device
 
 
-def half(n: jax.Array) -> jax.Array:
-    return 0.5 + 0 * n
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copies_own_their_buffers(how: str) -> None:
+@pytest.mark.parametrize("how", WAYS)
+def test_copies_share_no_buffer(how: str) -> None:
     params = {"w": jnp.zeros(64), "h": jnp.zeros(2, jnp.bfloat16), "key": jax.random.key(0)}
     for target in (
         EMATarget(params, 0.5, update_period=2, donate=True),
         EMATarget(params, jnp.float32(0.5)),
         EMATarget(params, 0.3, compensated=True, skip_nonfinite=True),
-        EMATarget(params, 0.3, compensated=True, skip_nonfinite=True).update(moved(params)),
-        EMATarget(params, half, mask={"w": True, "h": False, "key": True}),
+        EMATarget(params, 0.3, compensated=True, skip_nonfinite=True).update(perturb(params)),
+        EMATarget(params, harmonic, mask={"w": True, "h": False, "key": True}),
         PeriodicTarget(params, 1, donate=True),
         jax.jit(lambda t: t)(EMATarget(params, 0.5)),
     ):
-        target.update(moved(params))
-        twin = COPIES[how](target)
+        target.update(perturb(params))
+        twin = WAYS[how](target)
         assert type(twin) is type(target)
         assert twin is not target
         assert repr(twin) == repr(target)
         assert type(twin.step) is type(target.step)
         assert_same(twin.params, target.params)
-        assert jax.tree.structure(twin) == jax.tree.structure(target)  # compiles nothing again
+        assert jax.tree.structure(twin) == jax.tree.structure(target)  # so nothing is compiled again
         ours, theirs = (
             {
                 x.unsafe_buffer_pointer()
@@ -67,19 +58,18 @@ def test_copies_own_their_buffers(how: str) -> None:
         )
         assert not ours & theirs
         before = arrays(twin)
-        target.update(moved(params)).update(moved(params)).sync(params)
-        for x, y in zip(before, arrays(twin), strict=True):
-            np.testing.assert_array_equal(x, y)
-        twin.update(moved(params))
+        target.update(perturb(params)).update(perturb(params)).sync(params)
+        assert_equal_values(arrays(twin), before)
+        twin.update(perturb(params))
 
 
 def test_copies_of_every_tree(tree: Any) -> None:
-    target = EMATarget(tree, 0.5).update(moved(tree))
+    target = EMATarget(tree, 0.5).update(perturb(tree))
     for make_copy in (copy.copy, copy.deepcopy):
         assert_same(make_copy(target).params, target.params)
 
 
-def test_a_copy_is_of_one_and_the_same_update() -> None:
+def test_a_copy_has_step_and_parameters_of_the_same_update() -> None:
     target = EMATarget({"w": jnp.zeros(2)}, 1.0)
     for step in range(1, 4):
         target.update({"w": jnp.full(2, float(step))})
@@ -87,7 +77,7 @@ def test_a_copy_is_of_one_and_the_same_update() -> None:
         assert twin.step == twin.params["w"][0] == step
 
 
-def test_compared_by_identity() -> None:
+def test_targets_are_compared_by_identity() -> None:
     params = {"w": jnp.zeros(2)}
     target = EMATarget(params, 0.5)
     assert target == target
@@ -95,7 +85,7 @@ def test_compared_by_identity() -> None:
     assert len({target, EMATarget(params, 0.5)}) == 2
 
 
-def test_settings_are_fixed_and_attributes_known() -> None:
+def test_params_and_unknown_attributes_cannot_be_assigned() -> None:
     target = PeriodicTarget({"w": jnp.zeros(2)}, 3)
     with pytest.raises(AttributeError):
         target.params = {"w": jnp.ones(2)}  # type: ignore[misc]
@@ -118,15 +108,15 @@ def test_settings_are_fixed_and_attributes_known() -> None:
             "parameters=8, bytes=32)",
         ),
         (
-            lambda p: EMATarget(p, half),
-            "EMATarget(step=0, step_size=half, update_period=1, arrays=2, parameters=8, bytes=32)",
+            lambda p: EMATarget(p, harmonic),
+            "EMATarget(step=0, step_size=harmonic, update_period=1, arrays=2, parameters=8, bytes=32)",
         ),
         (
             lambda p: at_step(PeriodicTarget(p, 100), 1_234_567),
             "PeriodicTarget(step=1234567, update_period=100, arrays=2, parameters=8, bytes=32)",
         ),
         (
-            lambda p: donated(EMATarget(p, 0.5)),
+            lambda p: donate(EMATarget(p, 0.5)),
             "EMATarget(step=deleted, step_size=0.5, update_period=1, arrays=2, parameters=8, bytes=32)",
         ),
         (

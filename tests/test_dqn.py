@@ -1,11 +1,13 @@
-"""The DQN example learns, stops, resumes to the bit, and refuses what it cannot use."""
+"""The DQN example learns, stops, resumes bit for bit, and refuses what it cannot use."""
 
+import functools
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import dqn
 import jax
 import numpy as np
 import pytest
-from conftest import arrays, assert_same, full_disk
 from flax import serialization
+from helpers.comparisons import arrays, assert_same
+from helpers.faults import full_disk
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "dqn.py"
 STEPS = 3 * dqn.BLOCK
@@ -25,30 +28,37 @@ def main(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
     return dqn.main()
 
 
-@pytest.fixture(scope="module", name="uninterrupted", params=["ema", "periodic", "none"])
-def _uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    out = tmp_path_factory.mktemp(request.param)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assert (
-            main(monkeypatch, "--target", request.param, "--steps", STEPS, "--seed", 3, "--out", out)
-            == 0
-        )
-    return request.param, out
+@pytest.fixture(scope="module", name="uninterrupted")
+def _uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a function that gives the folder of an uninterrupted run with a kind of target."""
+
+    @functools.cache
+    def run(target: str) -> Path:
+        out = tmp_path_factory.mktemp(target)
+        settings = ("--target", target, "--steps", STEPS, "--seed", 3, "--out", out)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            assert main(monkeypatch, *settings) == 0
+        return out
+
+    return run
 
 
+@pytest.mark.parametrize("target", ["ema", "periodic", "none"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    uninterrupted: Any,
+    target: str,
+    uninterrupted: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    target, expected = uninterrupted
-    main(monkeypatch, "--target", target, "--steps", dqn.BLOCK, "--seed", 3, "--out", tmp_path)
-    for steps in (2 * dqn.BLOCK, STEPS):
+    expected = uninterrupted(target)
+    done = dqn.BLOCK
+    main(monkeypatch, "--target", target, "--steps", done, "--seed", 3, "--out", tmp_path)
+    for steps in (2 * dqn.BLOCK, STEPS) if target == "ema" else (STEPS,):
         main(monkeypatch, "--resume", "--steps", steps, "--out", tmp_path)
-        assert (
-            f"{steps - dqn.BLOCK}/{steps}" in capfd.readouterr().err
-        )  # the bar goes on where it stopped
+        bar = capfd.readouterr().err
+        assert f"{done}/{steps}" in bar  # the progress bar starts where the run stopped
+        done = steps
     resumed, whole = (dqn.load(path / "checkpoint.msgpack") for path in (tmp_path, expected))
     assert_same(arrays(strip(resumed)), arrays(strip(whole)))
     if target != "none":
@@ -57,15 +67,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def strip(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays of a checkpoint."""
     return jax.tree.map(
         np.asarray, {k: v for k, v in saved.items() if k not in ("format", "settings", "solved")}
     )
 
 
-def test_the_closing_line(uninterrupted: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    _, out = uninterrupted
+def test_the_last_line_is_the_mean_return(
+    uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    out = uninterrupted("ema")
     before = dqn.load(out / "checkpoint.msgpack")
-    assert main(monkeypatch, "--resume", "--out", out) == 0  # nothing left to do but to evaluate
+    assert main(monkeypatch, "--resume", "--out", out) == 0  # only the evaluation is left to do
     last = capfd.readouterr().out.strip().splitlines()[-1]
     assert re.fullmatch(r"mean return \d+\.\d over 20 episodes \(solved at 475\)", last)
     after = dqn.load(out / "checkpoint.msgpack")
@@ -97,9 +110,13 @@ def test_bad_arguments(
     "how", ["truncated", "empty", "foreign", "another format", "another shape", "flipped bit", "text"]
 )
 def test_a_checkpoint_that_cannot_be_used(
-    how: str, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    how: str,
+    uninterrupted: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
 ) -> None:
-    content = (uninterrupted[1] / "checkpoint.msgpack").read_bytes()
+    content = (uninterrupted("ema") / "checkpoint.msgpack").read_bytes()
     saved = serialization.msgpack_restore(content)
     bad = {
         "truncated": lambda: content[: len(content) // 2],
@@ -121,20 +138,15 @@ def test_a_checkpoint_that_cannot_be_used(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def _sealed(saved: dict[str, Any]) -> bytes:
-    del saved["checksum"]
-    return serialization.to_bytes({**saved, "checksum": dqn.checksum(saved)})
-
-
 def test_settings_of_another_run(
-    uninterrupted: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(monkeypatch, "--resume", "--out", uninterrupted[1], "--seed", 4)
+        main(monkeypatch, "--resume", "--out", uninterrupted("ema"), "--seed", 4)
     assert "--seed: the checkpoint in" in capfd.readouterr().err
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
+def test_ctrl_c_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, str(PROGRAM), "--seed", "1", "--out", str(tmp_path)]

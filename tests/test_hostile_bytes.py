@@ -1,4 +1,4 @@
-"""Bytes from anywhere: a target as the template is, or an error, soon, and nothing is run."""
+"""Any bytes restore to a target like the template or raise an error soon, and nothing in them is run."""
 
 import pickle
 import random
@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
-from conftest import arrays, assert_same
 from flax import serialization
+from helpers.comparisons import arrays, assert_same
+from helpers.processes import process_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from target_nets import EMATarget, PeriodicTarget
 
-START = {
+PARAMS = {
     "w": jnp.arange(3.0),
     "h": [jnp.ones(2, jnp.bfloat16), None],
     "z": jnp.ones((1, 2), jnp.complex64),
@@ -27,17 +28,16 @@ START = {
     "key": jax.random.key(0),
 }
 TEMPLATES = {
-    "ema": EMATarget(START, 0.5, compensated=True, skip_nonfinite=True).update(START),
-    "periodic": PeriodicTarget(START, 1).update(START),
+    "ema": EMATarget(PARAMS, 0.5, compensated=True, skip_nonfinite=True).update(PARAMS),
+    "periodic": PeriodicTarget(PARAMS, 1).update(PARAMS),
 }
 SAVED = {name: serialization.to_bytes(target) for name, target in TEMPLATES.items()}
-# Of msgpack's own errors all are ValueErrors. Flax, which makes arrays of what msgpack decodes, before a
-# target sees them, has others.
+# All errors of msgpack are ValueErrors. Flax makes arrays of what msgpack decodes, and raises others.
 DECODING = (ValueError, TypeError, LookupError, RecursionError)
 
 
 def restore(template: Any, content: bytes) -> None:
-    """Restores, or is refused; in either case as promised."""
+    """Asserts that bytes restore to a target like the template, or are refused by path."""
     before = arrays(template)
     try:
         state = serialization.msgpack_restore(content)
@@ -56,12 +56,12 @@ def restore(template: Any, content: bytes) -> None:
         for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(template), strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
         assert restored.step >= 0
-        restored.update(START)
+        restored.update(PARAMS)
     assert_same(arrays(template), before)
 
 
-def damaged(content: bytes, how: str, rng: random.Random) -> bytes:
-    """Truncated, flipped, duplicated or overwritten at random."""
+def damage_bytes(content: bytes, how: str, rng: random.Random) -> bytes:
+    """Damages bytes at random."""
     damage = bytearray(content)
     first, last = sorted(rng.sample(range(len(content) + 1), 2))
     if how == "truncated":
@@ -81,11 +81,11 @@ def damaged(content: bytes, how: str, rng: random.Random) -> bytes:
 def test_damaged_bytes(kind: str, how: str) -> None:
     rng = random.Random(0)
     for _ in range(1500):
-        restore(TEMPLATES[kind], damaged(SAVED[kind], how, rng))
+        restore(TEMPLATES[kind], damage_bytes(SAVED[kind], how, rng))
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_truncated_anywhere_it_is_never_a_target(kind: str) -> None:
+def test_truncated_bytes_are_refused(kind: str) -> None:
     for length in range(len(SAVED[kind])):
         with pytest.raises(ValueError, match=r"incomplete|exceeds"):
             serialization.from_bytes(TEMPLATES[kind], SAVED[kind][:length])
@@ -94,7 +94,7 @@ def test_truncated_anywhere_it_is_never_a_target(kind: str) -> None:
 @pytest.mark.parametrize("kind", TEMPLATES)
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
-def test_any_bytes(kind: str, content: bytes) -> None:
+def test_random_bytes(kind: str, content: bytes) -> None:
     restore(TEMPLATES[kind], content)
 
 
@@ -114,43 +114,46 @@ anything = st.recursive(
 
 
 def paths(node: Any) -> list[tuple[str, ...]]:
-    """Those of all parts of a state."""
+    """Returns the paths of all parts of a state."""
     below = node.items() if isinstance(node, dict) else ()
     return [(), *((key, *path) for key, child in below for path in paths(child))]
 
 
-def replaced(node: Any, path: tuple[str, ...], value: Any) -> Any:
+def replace_part(node: Any, path: tuple[str, ...], value: Any) -> Any:
+    """Returns a state with another value at a path."""
     if not path:
         return value
-    return {**node, path[0]: replaced(node.get(path[0], {}), path[1:], value)}
+    return {**node, path[0]: replace_part(node.get(path[0], {}), path[1:], value)}
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_anything_in_place_of_any_part(kind: str, data: st.DataObject) -> None:
+def test_any_value_in_place_of_any_part(kind: str, data: st.DataObject) -> None:
     state = serialization.msgpack_restore(SAVED[kind])
     where = data.draw(st.sampled_from(paths(state)))
-    content = serialization.msgpack_serialize(replaced(state, where, data.draw(anything)), in_place=True)
+    content = serialization.msgpack_serialize(
+        replace_part(state, where, data.draw(anything)), in_place=True
+    )
     restore(TEMPLATES[kind], content)
 
 
-# Bytes that are made to hurt
+# Bytes that were made to do harm
 
 
 def extension(code: int, *parts: Any) -> Any:
-    """What flax makes an array (1), a complex number (2) or a scalar (3) of."""
+    """Returns the extension that flax decodes as an array (1), a complex number (2) or a scalar (3)."""
     return msgpack.ExtType(code, msgpack.packb(parts, use_bin_type=True))
 
 
-def in_place(path: tuple[str, ...], value: Any) -> bytes:
-    """A whole checkpoint, but for one value."""
+def checkpoint_with(path: tuple[str, ...], value: Any) -> bytes:
+    """Returns a checkpoint with one value replaced."""
     state = serialization.msgpack_restore(SAVED["periodic"])
-    return serialization.msgpack_serialize(replaced(state, path, value))
+    return serialization.msgpack_serialize(replace_part(state, path, value))
 
 
 class Payload:
-    """What a pickle would run."""
+    """An object whose pickle touches a file when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -160,7 +163,7 @@ class Payload:
 
 
 W, MANY = ("params", "w"), 10**6
-HOSTILE: dict[str, Callable[[], bytes]] = {
+HARMFUL: dict[str, Callable[[], bytes]] = {
     "nested lists": lambda: b"\x91" * MANY,
     "nested dicts": lambda: b"\x81\xa1a" * MANY,
     "nested dicts, below the decoder's limit": lambda: b"\x81\xa1a" * 1010 + b"\xc0",
@@ -172,69 +175,65 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a string of 4 GB": lambda: b"\xdb\xff\xff\xff\xff",
     "bytes of 4 GB": lambda: b"\xc6\xff\xff\xff\xff",
     "an array of 4 GB": lambda: b"\xc9\xff\xff\xff\xff\x01",
-    "a huge shape": lambda: in_place(W, extension(1, (2**40,), "float32", b"x" * 12)),
-    "a huge empty shape": lambda: in_place(W, extension(1, (0, 2**62), "float32", b"")),
-    "a shape past 64 bits": lambda: in_place(W, extension(1, (2**64 - 1, 2), "float32", b"x" * 12)),
-    "a negative shape": lambda: in_place(W, extension(1, (-1, 3, 1), "float32", b"x" * 12)),
-    "100 dimensions": lambda: in_place(W, extension(1, (1,) * 100, "float32", b"x" * 4)),
-    "a huge element": lambda: in_place(W, extension(1, (1,), "V2000000000", b"x" * 12)),
-    "a huge subarray": lambda: in_place(W, extension(1, (1,), "(500000000,)i4", b"x" * 12)),
-    "a structure": lambda: in_place(W, extension(1, (1,), "i4,i4,i4", b"x" * 12)),
-    "objects": lambda: in_place(W, extension(1, (1,), "O", b"x" * 8)),
-    "an unknown dtype": lambda: in_place(W, extension(1, (3,), "float33", b"x" * 12)),
-    "no buffer": lambda: in_place(W, extension(1, (3,), "float32", 5)),
-    "half an array": lambda: in_place(W, extension(1, (3,))),
-    "half a complex number": lambda: in_place(W, extension(2, 1.0)),
-    "chunks without a shape": lambda: in_place(W, {"__msgpack_chunked_array__": True}),
-    "chunks of a huge shape": lambda: in_place(
+    "a huge shape": lambda: checkpoint_with(W, extension(1, (2**40,), "float32", b"x" * 12)),
+    "a huge empty shape": lambda: checkpoint_with(W, extension(1, (0, 2**62), "float32", b"")),
+    "a shape past 64 bits": lambda: checkpoint_with(
+        W, extension(1, (2**64 - 1, 2), "float32", b"x" * 12)
+    ),
+    "a negative shape": lambda: checkpoint_with(W, extension(1, (-1, 3, 1), "float32", b"x" * 12)),
+    "100 dimensions": lambda: checkpoint_with(W, extension(1, (1,) * 100, "float32", b"x" * 4)),
+    "a huge element": lambda: checkpoint_with(W, extension(1, (1,), "V2000000000", b"x" * 12)),
+    "a huge subarray": lambda: checkpoint_with(W, extension(1, (1,), "(500000000,)i4", b"x" * 12)),
+    "a structure": lambda: checkpoint_with(W, extension(1, (1,), "i4,i4,i4", b"x" * 12)),
+    "objects": lambda: checkpoint_with(W, extension(1, (1,), "O", b"x" * 8)),
+    "an unknown dtype": lambda: checkpoint_with(W, extension(1, (3,), "float33", b"x" * 12)),
+    "no buffer": lambda: checkpoint_with(W, extension(1, (3,), "float32", 5)),
+    "half an array": lambda: checkpoint_with(W, extension(1, (3,))),
+    "half a complex number": lambda: checkpoint_with(W, extension(2, 1.0)),
+    "chunks without a shape": lambda: checkpoint_with(W, {"__msgpack_chunked_array__": True}),
+    "chunks of a huge shape": lambda: checkpoint_with(
         W,
         {"__msgpack_chunked_array__": True, "shape": {"0": 2**62}, "chunks": {"0": np.ones(3, "f4")}},
     ),
-    "an unknown extension": lambda: in_place(W, msgpack.ExtType(77, b"x")),
+    "an unknown extension": lambda: checkpoint_with(W, msgpack.ExtType(77, b"x")),
     "a time stamp": lambda: b"\x82\xa4step\xd6\xffabcd\xa6params\xc0",
     "a reserved byte": lambda: b"\xc1",
     "a dict as a key": lambda: b"\x81\x80\x01",
-    "a million keys": lambda: in_place(("params",), dict.fromkeys(map(str, range(MANY // 4)), 0)),
-    "a million steps": lambda: in_place(("step",), np.zeros(40 * MANY, np.uint8)),
-    "a long step": lambda: in_place(("step",), "1" * 40 * MANY),
-    "a step past 64 bits": lambda: in_place(("step",), 2**64 - 1),
-    "a long leaf": lambda: in_place(W, np.zeros(10 * MANY, np.float32)),
+    "a million keys": lambda: checkpoint_with(("params",), dict.fromkeys(map(str, range(MANY // 4)), 0)),
+    "a million steps": lambda: checkpoint_with(("step",), np.zeros(40 * MANY, np.uint8)),
+    "a long step": lambda: checkpoint_with(("step",), "1" * 40 * MANY),
+    "a step past 64 bits": lambda: checkpoint_with(("step",), 2**64 - 1),
+    "a long leaf": lambda: checkpoint_with(W, np.zeros(10 * MANY, np.float32)),
 }
 
 
-def memory(name: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_bytes_are_refused_soon_and_in_little_memory(case: str) -> None:
-    content = HOSTILE[case]()
+@pytest.mark.parametrize("case", HARMFUL)
+def test_harmful_bytes_are_refused_soon_and_in_little_memory(case: str) -> None:
+    content = HARMFUL[case]()
     if linux := Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = process_memory("VmRSS")
     start = time.perf_counter()
     with pytest.raises(DECODING):
         serialization.from_bytes(TEMPLATES["periodic"], content)
     assert time.perf_counter() - start < 1
     if linux:
-        assert memory("VmHWM") - before < 1e8
+        assert process_memory("VmHWM") - before < 1e8
     restore(TEMPLATES["periodic"], content)
 
 
-def test_nothing_is_run(tmp_path: Path) -> None:
-    file = tmp_path / "was here"
+def test_nothing_in_the_bytes_is_run(tmp_path: Path) -> None:
+    file = tmp_path / "touched"
     code = pickle.dumps(Payload(file))
     for content in (
         code,
-        in_place(W, code),
-        in_place(W, extension(1, (1,), "O", code)),
-        in_place(W, extension(1, (), f"V{len(code)}", code)),
-        in_place(W, msgpack.ExtType(42, code)),
-        in_place(("step",), code),
+        checkpoint_with(W, code),
+        checkpoint_with(W, extension(1, (1,), "O", code)),
+        checkpoint_with(W, extension(1, (), f"V{len(code)}", code)),
+        checkpoint_with(W, msgpack.ExtType(42, code)),
+        checkpoint_with(("step",), code),
     ):
         restore(TEMPLATES["periodic"], content)
         assert not file.exists()
     pickle.loads(code)
-    assert file.exists()  # as a pickle would have
+    assert file.exists()  # loading the pickle does run it

@@ -1,5 +1,6 @@
-"""At home in flax.nnx: owned by a module, moved along by nnx.jit, no part of what is trained."""
+"""A target as an attribute of an nnx.Module: nnx.jit updates it, and split, merge and clone keep it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Network, arrays, assert_same
 from flax import nnx
+from helpers.comparisons import arrays, assert_same
+from helpers.targets import MAKERS
+from helpers.trees import Network
 
-from target_nets import EMATarget, PeriodicTarget
+from target_nets import EMATarget
 
-READ = {
+READ: dict[str, Callable[[Network], Any]] = {  # what a target is made of
     "state": nnx.state,
     "module": lambda network: network,
-    "params": lambda n: nnx.state(n, nnx.Param),
+    "parameters": lambda network: nnx.state(network, nnx.Param),
 }
 
 
@@ -25,19 +28,23 @@ class Agent(nnx.Module):
         self.target = make(read(self.network))
 
 
-@pytest.fixture(params=["ema", "periodic", "ema, donate"], name="make")
-def _make(request: pytest.FixtureRequest) -> Any:
-    return {
-        "ema": lambda params: EMATarget(params, 0.5),
-        "periodic": lambda params: PeriodicTarget(params, 2),
-        "ema, donate": lambda params: EMATarget(params, 0.5, donate=True),
-        "ema, compensated": lambda params: EMATarget(params, 0.5, compensated=True, skip_nonfinite=True),
-    }[request.param]
+every_target = pytest.mark.parametrize("kind", ["ema", "ema, everything", "ema, donate", "periodic"])
+targets_and_readings = pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("ema", "state"),
+        ("ema", "module"),
+        ("ema", "parameters"),
+        ("ema, everything", "state"),
+        ("ema, donate", "module"),
+        ("periodic", "state"),
+    ],
+)
 
 
-@pytest.mark.parametrize("how", READ)
-def test_nnx_jit_carries_the_update_out(make: Any, how: str) -> None:
-    read = READ[how]
+@targets_and_readings
+def test_nnx_jit_updates_the_target_of_an_argument(kind: str, how: str) -> None:
+    make, read = MAKERS[kind], READ[how]
     agent, alone = Agent(make, read), make(read(Network()))
     optimizer = nnx.Optimizer(agent.network, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -54,12 +61,13 @@ def test_nnx_jit_carries_the_update_out(make: Any, how: str) -> None:
     assert agent.target.step == 4
     for x, y in zip(arrays(agent.target.params), arrays(alone.params), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
-    agent.target.update(read(agent.network))  # and eager again
+    agent.target.update(read(agent.network))  # eager updates go on afterwards
     assert agent.target.step == 5
 
 
-def test_it_is_data_and_survives_split_merge_and_clone(make: Any) -> None:
-    agent = Agent(make, nnx.state)
+@every_target
+def test_a_target_is_data_and_survives_split_merge_and_clone(kind: str) -> None:
+    agent = Agent(MAKERS[kind], nnx.state)
     assert nnx.is_data(agent.target)
     agent.target.update(nnx.state(agent.network))
     merged = nnx.merge(*nnx.split(agent))
@@ -70,47 +78,49 @@ def test_it_is_data_and_survives_split_merge_and_clone(make: Any) -> None:
     assert (merged.target.step, agent.target.step) == (2, 1)
 
 
-def test_the_slow_copy_has_variables_of_its_own(make: Any) -> None:
+@every_target
+def test_the_slow_copy_shares_no_variable(kind: str) -> None:
     network = Network()
-    target = make(network)
+    target = MAKERS[kind](network)
     network.layers[0].kernel[...] = jnp.zeros((3, 4))
     assert np.all(arrays(target.params.layers[0].kernel)[0] != 0)
-    target.params.layers[0].kernel[...] = jnp.zeros((3, 4))  # what was read is the reader's own
+    target.params.layers[0].kernel[...] = jnp.zeros((3, 4))  # each reading is a copy
     assert np.all(arrays(target.params.layers[0].kernel)[0] != 0)
     network.train()
     x = jnp.ones((2, 3))
-    assert target.params(x).shape == network(x).shape  # a module, ready to call
+    assert target.params(x).shape == network(x).shape  # a module that can be called
 
 
-def test_train_or_eval_mode_is_part_of_the_structure(make: Any) -> None:
+@every_target
+def test_train_or_eval_mode_is_part_of_the_structure(kind: str) -> None:
     network = Network()
-    target = make(network)
+    target = MAKERS[kind](network)
     network.eval()
     with pytest.raises(ValueError, match=r"online_params.*: expected .* static data"):
         target.update(network)
     assert target.step == 0
 
 
-def test_an_optimizer_over_the_whole_agent_decays_the_slow_copy_too() -> None:
-    """The trap that README and docstring name: build the optimizer over the network."""
-    agent = Agent(lambda params: EMATarget(params, 0.5), nnx.state)
-    whole = nnx.Optimizer(agent, optax.adamw(0.1, weight_decay=1.0), wrt=nnx.Param)
-    grads = jax.tree.map(jnp.zeros_like, nnx.state(agent, nnx.Param))
-    before = arrays(agent.target.params)
-    whole.update(agent, grads)
-    assert any(np.any(x != y) for x, y in zip(before, arrays(agent.target.params), strict=True))
+def test_an_optimizer_of_the_network_leaves_the_slow_copy() -> None:
+    agent = Agent(MAKERS["ema"], nnx.state)
+    optimizer = nnx.Optimizer(agent.network, optax.adamw(0.1, weight_decay=1.0), wrt=nnx.Param)
+    grads = jax.tree.map(jnp.zeros_like, nnx.state(agent.network, nnx.Param))
+    slow, online = arrays(agent.target.params), arrays(nnx.state(agent.network))
+    optimizer.update(agent.network, grads)
+    assert_same(arrays(agent.target.params), slow)
+    assert any(np.any(x != y) for x, y in zip(arrays(nnx.state(agent.network)), online, strict=True))
 
 
-def test_an_update_inside_jit_that_is_not_returned_is_lost() -> None:
-    """The other trap: jit gave the function a copy."""
+def test_an_update_inside_jit_of_a_target_that_is_not_returned_is_lost() -> None:
+    """A target is a pytree, so jit gives the function a copy of an argument."""
     network = Network()
     target = EMATarget(nnx.state(network), 0.5)
     nnx.jit(lambda network, target: (target.update(nnx.state(network)), None)[1])(network, target)
     assert target.step == 0
 
 
-def test_inside_scan_by_split_and_merge() -> None:
-    agent = Agent(lambda params: EMATarget(params, 0.5), nnx.state)
+def test_a_scan_with_split_and_merge() -> None:
+    agent = Agent(MAKERS["ema"], nnx.state)
     graphdef, state = nnx.split(agent)
 
     def body(state: Any, _: None) -> tuple[Any, None]:
@@ -122,8 +132,8 @@ def test_inside_scan_by_split_and_merge() -> None:
     assert nnx.merge(graphdef, state).target.step == 3
 
 
-def test_inside_the_loss_of_nnx_grad_it_is_passed_in_with_its_owner() -> None:
-    agent = Agent(lambda params: EMATarget(params, 0.5), nnx.state)
+def test_an_update_inside_a_loss_of_nnx_grad() -> None:
+    agent = Agent(MAKERS["ema"], nnx.state)
 
     def loss(agent: Agent) -> jax.Array:
         agent.target.update(nnx.state(agent.network))
@@ -133,8 +143,8 @@ def test_inside_the_loss_of_nnx_grad_it_is_passed_in_with_its_owner() -> None:
     assert agent.target.step == 1
 
 
-@pytest.mark.parametrize("how", READ)
-def test_printing_a_module_that_owns_a_target(make: Any, how: str) -> None:
-    agent = Agent(make, READ[how])
+@targets_and_readings
+def test_printing_a_module_that_has_a_target(kind: str, how: str) -> None:
+    agent = Agent(MAKERS[kind], READ[how])
     assert "Target(step=0" in repr(agent)
     assert "arrays=" in repr(agent.target)

@@ -1,4 +1,4 @@
-"""The rules are drop-in: optax's own tests of its three rules pass with ours in their place."""
+"""The rules can replace those of optax: the tests of optax pass with them."""
 
 import inspect
 import unittest
@@ -12,11 +12,11 @@ import target_nets
 RULES = ("apply_updates", "incremental_update", "periodic_update")
 
 
-@pytest.mark.filterwarnings("default")  # optax's tests answer for their own warnings
-def test_optax_own_tests_pass_with_our_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("default")  # the tests of optax may warn
+def test_the_tests_of_optax_pass_with_our_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RULES:
         monkeypatch.setattr(update_test.update, name, getattr(target_nets, name))
-    # `test_none_argument` bound optax's functions when its module was made; it is repeated below.
+    # `test_none_argument` is repeated below, since it holds the functions of optax themselves.
     suite = unittest.defaultTestLoader.loadTestsFromTestCase(update_test.UpdateTest)
     assert suite.countTestCases() >= 6
     result = suite.run(unittest.TestResult())

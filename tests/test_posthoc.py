@@ -1,4 +1,4 @@
-"""Weights against the paper's integrals and ema-pytorch; reconstructed averages against direct ones."""
+"""Post-hoc averages, compared with the integrals of the paper and with averages during training."""
 
 import itertools
 import weakref
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Network, arrays, assert_same, moved
 from flax import nnx
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import Network, perturb
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -41,12 +42,22 @@ def by_quadrature(profiles: list[tuple[float, float]], target: tuple[float, floa
 
 
 def stored(times: int, total: float, gammas: list[float] = PAIR) -> list[tuple[float, float]]:
-    """The profiles of snapshots that were taken at equal distances of a run."""
+    """Returns the profiles of snapshots that were taken at equal intervals of a run."""
     return [(total * (i + 1) / times, gamma) for i in range(times) for gamma in gammas]
 
 
-@pytest.mark.parametrize("total", [1e-6, 1.0, 1000.0, 2.0**31])
-@pytest.mark.parametrize("target", [(1.0, 10.0), (0.75, 3.0), (0.6, 0.0), (1.0, 500.0)])
+@pytest.mark.parametrize(
+    ("total", "target"),
+    [
+        (1e-6, (0.75, 3.0)),
+        (1.0, (1.0, 10.0)),
+        (1.0, (0.75, 3.0)),
+        (1.0, (0.6, 0.0)),
+        (1.0, (1.0, 500.0)),
+        (1000.0, (0.6, 0.0)),
+        (2.0**31, (1.0, 500.0)),
+    ],
+)
 def test_the_closed_forms_are_the_integrals(total: float, target: tuple[float, float]) -> None:
     profiles, target = stored(4, total), (total * target[0], target[1])
     got = posthoc.solve_weights(*zip(*profiles, strict=True), *target)
@@ -62,7 +73,7 @@ def test_the_closed_forms_are_the_integrals(total: float, target: tuple[float, f
     st.floats(0, 50),
     st.floats(1e-6, 1e6),
 )
-def test_what_is_left_is_orthogonal_to_every_snapshot(
+def test_the_residual_is_orthogonal_to_every_snapshot(
     profiles: list[tuple[int, int]], part: float, gamma: float, unit: float
 ) -> None:
     target = (part * max(step for step, _ in profiles), gamma)
@@ -75,7 +86,7 @@ def test_what_is_left_is_orthogonal_to_every_snapshot(
     scaled = posthoc.solve_weights(
         [step * unit for step, _ in profiles], [g for _, g in profiles], target[0] * unit, gamma
     )
-    np.testing.assert_allclose(scaled, weights, rtol=1e-5, atol=1e-7)  # the unit of time does not matter
+    np.testing.assert_allclose(scaled, weights, rtol=1e-5, atol=1e-7)  # any unit of time will do
 
 
 def test_ema_pytorch_has_the_same_weights() -> None:
@@ -89,7 +100,7 @@ def test_ema_pytorch_has_the_same_weights() -> None:
         np.testing.assert_allclose(got, expected[:, 0], rtol=1e-6, atol=1e-9)
 
 
-def test_a_stored_average_is_itself() -> None:
+def test_a_stored_average_is_reconstructed_as_it_is() -> None:
     profiles = stored(8, 1000)
     for index, (step, gamma) in enumerate(profiles):
         got = posthoc.solve_weights(*zip(*profiles, strict=True), step, gamma)
@@ -99,7 +110,7 @@ def test_a_stored_average_is_itself() -> None:
 
 
 def test_long_runs_and_short_averages_do_not_overflow() -> None:
-    profiles = stored(64, 2.0**31, [1e4, 1e5])  # so short that only the last two matter
+    profiles = stored(64, 2.0**31, [1e4, 1e5])  # averages so short that only the last two matter
     got = posthoc.solve_weights(*zip(*profiles, strict=True), 2**31, 5e4)
     np.testing.assert_allclose(got[-2:], posthoc.solve_weights([1, 1], [1e4, 1e5], 1, 5e4))
     np.testing.assert_allclose(got[:-2], 0, atol=1e-12)
@@ -107,13 +118,13 @@ def test_long_runs_and_short_averages_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("apart", [1e-13, 1e-9, 1e-7])
-def test_snapshots_that_all_but_coincide_share_their_weight(apart: float) -> None:
+def test_snapshots_that_nearly_coincide_share_their_weight(apart: float) -> None:
     expected = posthoc.solve_weights([1000, 500], [6.94, 16.97], 1000, 10)
     got = posthoc.solve_weights([1000, 1000, 500], [6.94, 6.94 * (1 + apart), 16.97], 1000, 10)
     np.testing.assert_allclose(got, [expected[0] / 2, expected[0] / 2, expected[1]], atol=1e-5)
 
 
-def test_width_and_power() -> None:
+def test_the_width_of_a_power() -> None:
     for sigma_rel, gamma in ((0.05, 16.97), (0.10, 6.94), (12**-0.5, 0)):  # the paper's; the mean
         np.testing.assert_allclose(schedules.sigma_rel_of(gamma), sigma_rel, atol=5e-5)
     for gamma in (0.0, 0.5, 3.0, 1000.0):
@@ -130,13 +141,13 @@ TOTAL, SIZE = 2048, 1000
 
 
 def weights_of_iterates(gamma: float, step: int = TOTAL) -> np.ndarray:
-    """What each iterate counts for after so many averagings: the integral of the profile."""
+    """Returns the weight of each iterate after so many averagings: the integral of the profile."""
     return np.diff(np.minimum(np.arange(TOTAL + 1) / step, 1) ** (gamma + 1))
 
 
 @pytest.fixture(scope="module", name="trajectories")
 def _trajectories() -> dict[str, np.ndarray]:
-    """Iterates (TOTAL, SIZE): noise; and training, which goes away from the start and ends noisy."""
+    """Iterates of shape (TOTAL, SIZE): noise, and training that leaves its start and ends noisy."""
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((TOTAL, SIZE))
     start, end = rng.standard_normal((2, SIZE))
@@ -146,7 +157,7 @@ def _trajectories() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", name="slow")
 def _slow(trajectories: dict[str, np.ndarray]) -> dict[tuple[str, float], np.ndarray]:
-    """The averages that were kept while training, after each update."""
+    """The averages after each update, computed during training."""
 
     def averages(target: Any, online: Any) -> Any:
         return jax.lax.scan(lambda t, x: (t.update(x), t.params), target, online)[1]
@@ -172,7 +183,7 @@ def rms(x: np.ndarray) -> float:
     return float(np.mean(np.asarray(x, np.float64) ** 2) ** 0.5)
 
 
-# Snapshots in all, width; then the largest errors: of noise relative to the average's, and of training.
+# Number of snapshots, width, and the largest errors: of noise, relative to the average, and of training.
 ERRORS = [
     (8, 0.04, 0.07, 6e-4),
     (8, 0.07, 0.04, 3e-4),
@@ -208,7 +219,7 @@ def test_a_known_trajectory(
     assert 0.85 * closest < errors["noise"] < 1.15 * closest
 
 
-def test_earlier_ends(trajectories: Any, slow: Any) -> None:
+def test_an_average_that_ends_earlier(trajectories: Any, slow: Any) -> None:
     snapshots = snapshots_of(slow, "training", 16)
     for step in (TOTAL // 2, TOTAL // 16 * 15):
         direct = weights_of_iterates(10, step) @ trajectories["training"]
@@ -216,7 +227,7 @@ def test_earlier_ends(trajectories: Any, slow: Any) -> None:
         assert rms(got - direct) < 2e-4
     last = posthoc.reconstruct(snapshots, gamma=10, step=TOTAL)
     assert_same(posthoc.reconstruct(iter(snapshots), gamma=10), last)
-    # What was taken after the end counts for little.
+    # Snapshots after the end have little weight.
     before = [snapshot for snapshot in snapshots if snapshot[0] <= step]
     assert rms(got - posthoc.reconstruct(before, gamma=10)) < 2e-4
 
@@ -250,15 +261,15 @@ def pair(a: Any, b: Any, steps: tuple[Any, Any] = (64, 64)) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e5m2", "float32", "complex64"])
-def test_what_stands_still_comes_out_as_it_is(dtype: str) -> None:
+def test_parameters_that_stay_constant_are_reconstructed_exactly(dtype: str) -> None:
     values = np.random.default_rng(0).standard_normal(1000) + (1j if dtype == "complex64" else 0)
-    still = jnp.asarray(values).astype(dtype)
+    constant = jnp.asarray(values).astype(dtype)
     for times in (1, 8, 32):
-        snapshots = [(step, gamma, still) for step, gamma in stored(times, 1000)]
-        assert_same(posthoc.reconstruct(snapshots, sigma_rel=0.08), still)
+        snapshots = [(step, gamma, constant) for step, gamma in stored(times, 1000)]
+        assert_same(posthoc.reconstruct(snapshots, sigma_rel=0.08), constant)
 
 
-def test_float64_beneath_and_one_rounding() -> None:
+def test_sums_are_computed_in_float64_and_rounded_once() -> None:
     weights = posthoc.solve_weights([64, 64], PAIR, 64, 10)
     weights /= weights.sum()
     a, b = (np.random.default_rng(i).standard_normal(1000) + 100 for i in range(2))
@@ -276,8 +287,8 @@ def test_float64_beneath_and_one_rounding() -> None:
         )
 
 
-def test_any_tree_given_or_loaded(tree: Any) -> None:
-    a, b = tree, moved(tree, 2.0)
+def test_every_tree_given_or_loaded(tree: Any) -> None:
+    a, b = tree, perturb(tree, 2.0)
     for snapshots in (pair(a, b), pair(lambda: a, lambda: b)):
         got = posthoc.reconstruct(snapshots, gamma=10)
         assert jax.tree.structure(got) == jax.tree.structure(tree)
@@ -294,7 +305,7 @@ def test_any_tree_given_or_loaded(tree: Any) -> None:
                 assert_same([leaf], [jnp.asarray(x)])
 
 
-def test_other_leaves_are_of_the_nearest_snapshot() -> None:
+def test_integers_and_keys_are_those_of_the_nearest_snapshot() -> None:
     steps, trees = (10, 20, 30, 40), [{"n": np.int32(i), "key": jax.random.key(i)} for i in range(4)]
     for end, index in ((40, 3), (30, 2), (20, 1)):
         snapshots = [(s, g, t) for s, t in zip(steps, trees, strict=True) for g in PAIR]
@@ -345,16 +356,16 @@ def test_inf_and_nan_stay_in_their_places() -> None:
     assert posthoc.reconstruct(pair(a, b), gamma=20)[4] == np.inf
 
 
-def test_a_network_goes_on_working() -> None:
+def test_a_reconstructed_network_can_be_called() -> None:
     network = Network()
     network.eval()
     targets = [EMATarget(network, schedules.power_function(gamma=gamma)) for gamma in PAIR]
     for target in targets:
-        target.update(moved(network)).update(moved(network))
+        target.update(perturb(network)).update(perturb(network))
     snapshots = [(t.step, g, t.params) for t, g in zip(targets, PAIR, strict=True)]
     slow = posthoc.reconstruct(snapshots, sigma_rel=0.08)
     x = jnp.ones((1, 3))
-    np.testing.assert_allclose(slow(x), moved(network)(x), rtol=1e-5)
+    np.testing.assert_allclose(slow(x), perturb(network)(x), rtol=1e-5)
     state = [(t.step, g, nnx.state(t.params)) for t, g in zip(targets, PAIR, strict=True)]
     merged = nnx.merge(nnx.graphdef(network), posthoc.reconstruct(state, sigma_rel=0.08))
     assert_same(arrays(nnx.state(merged)), arrays(nnx.state(slow)))
@@ -480,7 +491,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_meant(case: str) -> None:
+def test_invalid_arguments(case: str) -> None:
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         make()

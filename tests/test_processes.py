@@ -1,6 +1,5 @@
-"""Two processes train a sharded model and are lost; one goes on, on half the devices, to the bit."""
+"""Two processes train a sharded model and are killed; one resumes bit for bit on half the devices."""
 
-import os
 import pickle
 import socket
 import subprocess
@@ -14,15 +13,16 @@ from typing import Any
 import numpy as np
 import processes_worker as worker
 import pytest
+from helpers.comparisons import assert_same
+from helpers.processes import cpu_environment
 
 SAVED, LAST = 3, 6  # steps
-SECONDS = 60  # after these whatever still runs is killed
+SECONDS = 60  # whatever still runs then is killed
 
 
 @contextmanager
 def running(folder: Path, *commands: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Workers beside each other, none of which outlives the block; they write to a log each."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    """Runs workers at once, each with a log, and kills them at the end of the block."""
     program = [sys.executable, "-W", "error", worker.__file__, "--folder", str(folder)]
     workers = []
     try:
@@ -30,7 +30,7 @@ def running(folder: Path, *commands: str) -> Iterator[list[subprocess.Popen[byte
             with (folder / f"{number}.log").open("wb") as log:
                 workers.append(
                     subprocess.Popen(
-                        [*program, *command.split()], stdout=log, stderr=log, env=environment
+                        [*program, *command.split()], stdout=log, stderr=log, env=cpu_environment()
                     )
                 )
         yield workers
@@ -45,7 +45,7 @@ def logs(folder: Path) -> str:
 
 
 def train_in_two_processes(folder: Path) -> None:
-    """Until both have saved; then both are killed."""
+    """Trains until both processes have saved; then both are killed."""
     for _ in range(5):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -57,14 +57,14 @@ def train_in_two_processes(folder: Path) -> None:
                 if all((folder / f"saved by {process}").exists() for process in range(2)):
                     return
                 time.sleep(0.05)
-        if "Failed to add port" not in logs(folder):  # else somebody was faster: another port
+        if "Failed to add port" not in logs(folder):  # another program took the port: try another one
             break
     pytest.fail(logs(folder))
 
 
 @pytest.fixture(scope="module", name="held")
 def _held(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each process held after a step, by "step, process of processes, devices"."""
+    """Returns the arrays of each process after a step, by "step, process of processes, devices"."""
     folder = tmp_path_factory.mktemp("processes")
     train_in_two_processes(folder)
     whole, resumed = (
@@ -77,7 +77,7 @@ def _held(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {path.stem: pickle.loads(path.read_bytes()) for path in folder.glob("*.pickle")}
 
 
-def test_each_shard_is_that_of_one_process(held: dict[str, Any]) -> None:
+def test_each_shard_equals_that_of_a_single_process(held: dict[str, Any]) -> None:
     one, first, second = (held[f"{SAVED}, {name}"] for name in ("0 of 1, 8", "0 of 2, 4", "1 of 2, 4"))
     assert first["counts"] == second["counts"] == one["counts"] == (SAVED, SAVED + 1, 1)
     split = [key for key in one["shards"] if one["shards"][key].ndim]
@@ -86,7 +86,7 @@ def test_each_shard_is_that_of_one_process(held: dict[str, Any]) -> None:
     assert_same(first["shards"] | second["shards"], one["shards"])
 
 
-def test_resumed_on_other_devices_it_equals_an_uninterrupted_run(held: dict[str, Any]) -> None:
+def test_a_run_resumed_on_other_devices_equals_an_uninterrupted_one(held: dict[str, Any]) -> None:
     one, resumed = held[f"{LAST}, 0 of 1, 8"], held[f"{LAST}, 0 of 1, 4"]
     assert resumed["counts"] == one["counts"] == (LAST, LAST + 1, 1)
     assert all(x.shape[0] in (4, 8) for x in resumed["shards"].values() if x.ndim)  # a quarter of 16, 32
@@ -94,7 +94,7 @@ def test_resumed_on_other_devices_it_equals_an_uninterrupted_run(held: dict[str,
 
 
 @pytest.mark.parametrize("step", [SAVED, LAST])
-def test_the_values_are_numpys(held: dict[str, Any], step: int) -> None:
+def test_the_values_are_those_of_numpy(held: dict[str, Any], step: int) -> None:
     arrays = joined(held[f"{step}, 0 of 1, 8"]["shards"])
     for name, (online, slow, copied) in reference(step).items():
         for path, expected in {
@@ -107,7 +107,7 @@ def test_the_values_are_numpys(held: dict[str, Any], step: int) -> None:
 
 
 def reference(steps: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The online parameters, their average and their periodic copy, in float64 by hand."""
+    """Computes the online parameters, their average and their periodic copy in float64."""
     params = {name: np.float64(x) for name, x in worker.start().items()}
     momentum = {name: np.zeros_like(x) for name, x in params.items()}
     slow = copied = params
@@ -127,17 +127,9 @@ def reference(steps: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def joined(shards: dict[tuple[str, int], np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays that are split along their first axis, whole."""
+    """Joins the shards of arrays that are split along their first axis."""
     paths = {path for path, _ in shards}
     return {
         path: np.concatenate([np.atleast_1d(shards[key]) for key in sorted(shards) if key[0] == path])
         for path in paths
     }
-
-
-def assert_same(got: dict[Any, np.ndarray], expected: dict[Any, np.ndarray]) -> None:
-    """Equal keys, shapes, dtypes and bits."""
-    assert got.keys() == expected.keys()
-    for key, x in got.items():
-        assert (x.shape, x.dtype) == (expected[key].shape, expected[key].dtype), key
-        assert x.tobytes() == expected[key].tobytes(), key

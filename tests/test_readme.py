@@ -1,4 +1,4 @@
-"""The page's code runs as it stands and prints what its comments say; before and after are the same."""
+"""The code of the README runs and prints what its comments say; links and commands are right."""
 
 import contextlib
 import importlib.util
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import arrays
+from helpers.comparisons import arrays
 
 from target_nets import EMATarget, schedules
 
@@ -27,7 +27,8 @@ def sections() -> dict[str, str]:
 
 
 PYTHON = {title: code for title, text in sections().items() if (code := blocks(text, "python"))}
-BEGINNING = [*PYTHON.pop("Install"), *PYTHON.pop("In your code")]  # what the page says comes before each
+# The code that each section goes on from.
+BEGINNING = [*PYTHON.pop("Install"), *PYTHON.pop("In your code")]
 DIFFS = blocks(README, "diff")
 
 
@@ -43,11 +44,11 @@ def run(*codes: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("title", PYTHON)
-def test_each_section_runs_by_itself_and_prints_what_it_says(title: str) -> None:
+def test_each_section_runs_and_prints_what_its_comments_say(title: str) -> None:
     run(*BEGINNING, *PYTHON[title])
 
 
-def test_there_is_code_for_every_reader() -> None:
+def test_there_is_code_for_every_use() -> None:
     assert {"DQN", "BYOL", "Diffusion", "TrainState", "flax.nnx", "Checkpoints"} < set(PYTHON)
     assert len(DIFFS) == 4
     codes = [code for section in PYTHON.values() for code in section]
@@ -55,7 +56,7 @@ def test_there_is_code_for_every_reader() -> None:
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=range(len(DIFFS)))
-def test_before_and_after_hold_the_same_slow_copy(diff: str) -> None:
+def test_both_sides_of_a_diff_give_the_same_slow_copy(diff: str) -> None:
     before, after = (
         "".join(line[1:] for line in diff.splitlines(keepends=True) if line[0] != other)
         for other in "+-"
@@ -68,7 +69,7 @@ def test_before_and_after_hold_the_same_slow_copy(diff: str) -> None:
 
 
 def torch_makers() -> dict[str, Any]:
-    """What the page names of PyTorch; timm's file by itself, since its package needs torchvision."""
+    """Returns the PyTorch classes of the README; the file of timm is loaded without torchvision."""
     swa_utils = pytest.importorskip("torch.optim.swa_utils")
     names = {name: getattr(swa_utils, name) for name in ("AveragedModel", "get_ema_multi_avg_fn")}
     names["EMA"] = pytest.importorskip("ema_pytorch").EMA
@@ -80,7 +81,7 @@ def torch_makers() -> dict[str, Any]:
     return names
 
 
-def test_the_names_of_torch_and_ours_are_the_same_averages() -> None:
+def test_the_classes_of_torch_in_the_readme_give_the_same_averages() -> None:
     names, torch = torch_makers(), pytest.importorskip("torch")
     theirs = r"`((?:AveragedModel|ModelEmaV3|EMA|EMAModel)\(.*?\))`"
     rows = re.findall(rf"^\| .*?{theirs}.*? \| `(.*?\))`(.*)", README, re.MULTILINE)
@@ -113,7 +114,7 @@ def test_the_names_of_torch_and_ours_are_the_same_averages() -> None:
         )
 
 
-def test_the_commands_are_those_of_the_project() -> None:
+def test_the_commands_install_what_they_need() -> None:
     venv = "python3 -m venv .venv && .venv/bin/pip install -q -e"
     assert f"{venv} '.[examples]' && .venv/bin/python examples/dqn.py\n" in README
     assert f"{venv} '.[test]' && .venv/bin/pytest -n 2\n" in README

@@ -1,4 +1,4 @@
-"""Every public name is its own manual: `help` of it says what goes in, what comes out, and shows it."""
+"""The docstring of every public name documents its arguments and results, and has an example."""
 
 import inspect
 import re
@@ -25,7 +25,7 @@ PUBLIC = {"target_nets": target_nets, **NAMES, **MEMBERS}
 
 
 def sections(name: str) -> dict[str, str]:
-    """The parts of a docstring by their headings; what comes before the first is the part ''."""
+    """Returns the parts of a docstring by heading; the part before the first heading is ''."""
     parts = re.split(
         r"^(Args|Returns|Raises|References|Example):\n", inspect.getdoc(PUBLIC[name]) or "", flags=re.M
     )
@@ -37,31 +37,19 @@ def arguments(name: str) -> list[str]:
     return [p for p in inspect.signature(value).parameters if p != "self"] if callable(value) else []
 
 
-def test_the_names_are_all_there() -> None:
+def test_every_public_name_is_found() -> None:
     assert {"EMATarget", "periodic_update", "schedules", "cosine", "EMATarget.skipped"} < set(PUBLIC)
     assert {"PeriodicTarget.update", "PeriodicTarget.sync", "PeriodicTarget.params"} < set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_one_line_first(name: str) -> None:
-    first, *rest = sections(name)[""].splitlines()
+def test_a_docstring_is_complete(name: str) -> None:
+    parts = sections(name)
+    first, *rest = parts[""].splitlines()
     assert re.fullmatch(r"[A-Z`].*\.", first)
     assert not rest or not rest[0]
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_argument_and_no_other(name: str) -> None:
-    assert re.findall(r"^  (\w+): \S", sections(name).get("Args", ""), re.M) == arguments(name)
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_what_it_returns_and_raises(name: str) -> None:
-    there = sections(name)
-    assert ("Returns" in there) == inspect.isfunction(PUBLIC[name])
-    assert ("Raises" in there) == bool(arguments(name))
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_an_example_that_uses_it(name: str) -> None:
-    *_, own = name.split(".")
-    assert re.search(rf"^ *(>>>|\.\.\.) .*\b{own}\b", sections(name)["Example"], re.M)
+    assert re.findall(r"^  (\w+): \S", parts.get("Args", ""), re.M) == arguments(name)
+    assert ("Returns" in parts) == inspect.isfunction(PUBLIC[name])
+    assert ("Raises" in parts) == bool(arguments(name))
+    *_, last = name.split(".")
+    assert re.search(rf"^ *(>>>|\.\.\.) .*\b{last}\b", parts["Example"], re.M)

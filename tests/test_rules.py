@@ -1,4 +1,4 @@
-"""The rules keep structure and dtypes, agree with optax where optax is right, and refuse what is not."""
+"""The rules keep structure and dtypes, agree with optax where it is right, and refuse invalid input."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays, assert_same, moved
+from helpers.comparisons import arrays, assert_same
+from helpers.trees import perturb
 
 import target_nets
 from target_nets import apply_updates, incremental_update, periodic_update
 
 SLOW = {"a": {"w": jnp.array([[1.0, 2.0]]), "b": jnp.zeros(2)}, "c": (jnp.ones(()), None)}
-ONLINE = moved(SLOW)
+ONLINE = perturb(SLOW)
 
 
 def test_apply_updates_is_optax() -> None:
@@ -27,18 +28,23 @@ def test_incremental_update_is_optax_up_to_rounding(step_size: float) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
 
 
-@pytest.mark.parametrize("steps", range(-3, 7))
-@pytest.mark.parametrize("kind", [int, np.int64, np.asarray, jnp.asarray, jnp.uint8, jax.jit])
-def test_periodic_update_is_optax(steps: int, kind: Any) -> None:
-    if kind is jax.jit:
-        ours = jax.jit(periodic_update)(ONLINE, SLOW, steps, 3)
-    elif kind is jnp.uint8:
-        steps %= 256
-        ours = periodic_update(ONLINE, SLOW, jnp.uint8(steps), 300)  # a period that uint8 cannot hold
-        return assert_same(ours, ONLINE if steps == 0 else SLOW)
-    else:
+@pytest.mark.parametrize("kind", [int, np.int64, np.asarray, jnp.asarray])
+def test_periodic_update_is_optax(kind: Any) -> None:
+    for steps in range(-3, 7):
         ours = periodic_update(ONLINE, SLOW, kind(steps), kind(3))
-    return assert_same(ours, optax.periodic_update(ONLINE, SLOW, steps, 3))
+        assert_same(ours, optax.periodic_update(ONLINE, SLOW, steps, 3))
+
+
+def test_periodic_update_in_jit_is_optax() -> None:
+    update = jax.jit(periodic_update)
+    for steps in range(-3, 7):
+        assert_same(update(ONLINE, SLOW, steps, 3), optax.periodic_update(ONLINE, SLOW, steps, 3))
+
+
+def test_a_period_that_the_dtype_of_the_steps_cannot_hold() -> None:
+    for steps in (0, 1, 44, 255):
+        got = periodic_update(ONLINE, SLOW, jnp.uint8(steps), 300)
+        assert_same(got, ONLINE if steps == 0 else SLOW)
 
 
 def test_periodic_update_on_plain_numbers_starts_nothing_off_its_period() -> None:
@@ -64,7 +70,7 @@ def test_vmapped_steps() -> None:
 
 
 def test_results_have_the_structure_and_dtypes_of_the_slow_tensors(tree: Any) -> None:
-    online = moved(tree)
+    online = perturb(tree)
     jax_tree = jax.tree.map(jnp.asarray, tree)
     for got in (
         incremental_update(online, tree, 0.3),
@@ -79,15 +85,15 @@ def test_results_have_the_structure_and_dtypes_of_the_slow_tensors(tree: Any) ->
     assert_same(periodic_update(online, tree, 4, 2), jax.tree.map(jnp.asarray, online))
 
 
-@pytest.mark.parametrize("step_size", [0.5, np.float32(0.5), np.float64(0.5), jnp.float32(0.5)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e5m2, jnp.float32])
-def test_a_step_size_never_promotes(dtype: Any, step_size: Any) -> None:
-    got = incremental_update(jnp.ones(2, jnp.float32), jnp.zeros(2, dtype), step_size)
-    assert got.dtype == dtype
-    np.testing.assert_array_equal(got.astype(jnp.float32), 0.5)
+def test_a_step_size_never_promotes(dtype: Any) -> None:
+    for step_size in (0.5, np.float32(0.5), np.float64(0.5), jnp.float32(0.5)):
+        got = incremental_update(jnp.ones(2, jnp.float32), jnp.zeros(2, dtype), step_size)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got.astype(jnp.float32), 0.5)
 
 
-def test_weakly_typed_tensors_give_strong_ones() -> None:
+def test_the_result_of_weakly_typed_tensors_is_strongly_typed() -> None:
     weak, integers = jnp.full(2, 1.0), jnp.full(2, 1)
     assert weak.weak_type
     assert integers.weak_type
@@ -105,7 +111,7 @@ def test_weakly_typed_tensors_give_strong_ones() -> None:
         assert not got.weak_type
 
 
-def test_float64_is_taken_as_jax_takes_it() -> None:
+def test_float64_becomes_float32_without_a_warning() -> None:
     got = incremental_update(np.ones(2), np.zeros(2), np.float64(0.5))  # warnings are errors here
     assert got.dtype == jnp.float32
     with jax.enable_x64(True):
@@ -118,7 +124,7 @@ def test_float64_is_taken_as_jax_takes_it() -> None:
         )
 
 
-def test_other_than_inexact_leaves_take_the_new_value() -> None:
+def test_integers_booleans_and_keys_take_the_new_value() -> None:
     old = {"n": jnp.int32(10), "flag": jnp.array(False), "key": jax.random.key(0)}
     new = {"n": jnp.int32(15), "flag": jnp.array(True), "key": jax.random.key(1)}
     assert_same(incremental_update(new, old, 0.1), new)
@@ -187,20 +193,18 @@ BAD_TENSORS: dict[str, tuple[Any, Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
-@pytest.mark.parametrize("how", ["average", "copy", "keep", "device", "jit", "add"])
-def test_tensors_that_do_not_fit_are_named(case: str, how: str) -> None:
+def test_tensors_that_do_not_fit_are_named(case: str) -> None:
     new, old, error, message = BAD_TENSORS[case]
-    call: Any = {
-        "average": lambda: incremental_update(new, old, 0.5),
-        "copy": lambda: periodic_update(new, old, 2, 2),
-        "keep": lambda: periodic_update(new, old, 1, 2),
-        "device": lambda: periodic_update(new, old, jnp.int32(1), 2),
-        "jit": lambda: jax.jit(lambda: incremental_update(new, old, 0.5))(),
-        "add": lambda: apply_updates(old, new),
-    }[how]
-    name = "updates" if how == "add" else "new_tensors"
-    with pytest.raises(error, match=f"{name}.*{message}|^{name}{message}"):
-        call()
+    for name, call in (
+        ("new_tensors", lambda: incremental_update(new, old, 0.5)),
+        ("new_tensors", jax.jit(lambda: incremental_update(new, old, 0.5))),
+        ("new_tensors", lambda: periodic_update(new, old, 2, 2)),
+        ("new_tensors", lambda: periodic_update(new, old, 1, 2)),
+        ("new_tensors", lambda: periodic_update(new, old, jnp.int32(1), 2)),
+        ("updates", lambda: apply_updates(old, new)),
+    ):
+        with pytest.raises(error, match=f"{name}.*{message}|^{name}{message}"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_tensors_that_do_not_fit_are_named(case: str, how: str) -> None:
         (float, TypeError),
     ],
 )
-def test_step_sizes_that_cannot_be_meant(step_size: Any, error: type[Exception]) -> None:
+def test_invalid_step_sizes(step_size: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="step_size: expected"):
         incremental_update(1.0, 0.0, step_size)
 
@@ -242,7 +246,7 @@ def test_step_sizes_that_cannot_be_meant(step_size: Any, error: type[Exception])
         ("steps", jnp.float32(1), TypeError),
     ],
 )
-def test_counters_that_cannot_be_meant(name: str, value: Any, error: type[Exception]) -> None:
+def test_invalid_steps_and_periods(name: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"{name}: expected"):
         periodic_update(1.0, 0.0, **{"steps": 1, "update_period": 1, name: value})
 
@@ -251,13 +255,13 @@ def test_a_traced_period_below_one_counts_as_one() -> None:
     assert periodic_update(1.0, 0.0, jnp.int32(3), jnp.int32(0)) == 1.0
 
 
-def test_rules_in_one_step_after_another_under_scan() -> None:
+def test_a_weakly_typed_carry_in_a_scan() -> None:
     def body(slow: jax.Array, online: jax.Array) -> tuple[jax.Array, jax.Array]:
         slow = incremental_update(online, slow, 0.25)
         return slow, slow
 
     online = jnp.arange(5.0)
-    _, got = jax.lax.scan(body, 0.0, online)  # a weakly typed carry
+    _, got = jax.lax.scan(body, 0.0, online)
     expected, slow = [], 0.0
     for value in np.arange(5.0):
         slow += 0.25 * (value - slow)
@@ -266,9 +270,8 @@ def test_rules_in_one_step_after_another_under_scan() -> None:
 
 
 @pytest.mark.parametrize("step_size", [0.0, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("new", [2.0, 1.0])
-def test_derivatives_are_those_of_the_textbook_formula(new: float, step_size: float) -> None:
-    args = ({"w": jnp.array([new, 3.0])}, {"w": jnp.array([1.0, 2.0])}, step_size)
+def test_derivatives_are_those_of_the_textbook_formula(step_size: float) -> None:
+    args = ({"w": jnp.array([1.0, 2.0, 3.0])}, {"w": jnp.array([1.0, 1.0, 2.0])}, step_size)
 
     def total(rules: Any) -> Any:
         return lambda *args: jnp.sum(rules.incremental_update(*args)["w"] ** 2)

@@ -1,4 +1,4 @@
-"""Each schedule is its closed form, in float32 at any n, and a value: equal, hashable, picklable."""
+"""Each schedule follows its closed form in float32 at any n, and is a hashable, picklable value."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from target_nets import EMATarget, schedules
 
-# What each is made with, and its formula in float64.
+# How to make each schedule, and its formula in float64.
 FORMS: dict[str, tuple[Callable[[], Any], Callable[[np.ndarray], np.ndarray]]] = {
     "cosine": (
         lambda: schedules.cosine(0.004, 1000),
@@ -75,11 +75,11 @@ def test_the_closed_form_in_float32_at_any_n(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_always_a_step_size_and_the_first_is_a_copy_where_it_says_so(name: str) -> None:
+def test_every_value_is_a_step_size(name: str) -> None:
     schedule = FORMS[name][0]()
     values = jax.vmap(schedule)(jnp.asarray(NS, jnp.int32))
     assert ((values >= 0) & (values <= 1)).all()
-    if not name.startswith(("cosine", "ramp")):
+    if not name.startswith(("cosine", "ramp")):  # the others begin with a copy
         assert schedule(0) == 1
     if name.startswith("cosine"):
         assert schedule(schedule.total_steps) == 0
@@ -96,7 +96,7 @@ def test_numbers_of_any_type_are_the_same_setting() -> None:
     assert schedules.inverse_power(inv_gamma=2**40)(1) == 1
 
 
-def test_the_words_of_the_papers() -> None:
+def test_the_formulas_of_the_papers() -> None:
     # BYOL: tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
     byol = schedules.cosine(1 - 0.996, 300)
     for k in range(301):
@@ -123,7 +123,7 @@ def averaged(schedule: Any, online: np.ndarray, start: Any = 7.0) -> np.ndarray:
     return np.asarray(slow)
 
 
-def test_bias_correction_is_adams() -> None:
+def test_bias_correction_is_that_of_adam() -> None:
     online, ema = iterates(50), optax.ema(0.9, debias=True)
     state, expected = ema.init(jnp.zeros(3)), []
     for x in online:
@@ -132,11 +132,11 @@ def test_bias_correction_is_adams() -> None:
     np.testing.assert_allclose(averaged(schedules.bias_corrected(0.1), online), expected, rtol=1e-4)
 
 
-def test_uniform_is_the_mean_and_power_functions_weigh_by_a_power() -> None:
+def test_uniform_is_the_mean_and_a_power_function_has_weights_of_a_power() -> None:
     online = iterates(300)
     means = np.cumsum(online.astype(np.float64), 0) / np.arange(1, 301)[:, None]
     np.testing.assert_allclose(averaged(schedules.uniform(), online), means, atol=2e-6)
-    # The weight of iterate i of N tends to i**gamma, and is exactly a ratio of gamma functions for them.
+    # The weight of iterate i tends to i**gamma; it is exactly a ratio of gamma functions.
     slow = averaged(schedules.power_function(gamma=2), online)[-1]
     steps = np.arange(1, 301, dtype=np.float64)
     rest = np.cumprod(np.append(1, (1 - 1 / steps[:0:-1]) ** 3))[::-1]
@@ -146,7 +146,7 @@ def test_uniform_is_the_mean_and_power_functions_weigh_by_a_power() -> None:
     np.testing.assert_allclose(slow, weights @ online, atol=2e-6)
 
 
-def test_peers_in_torch() -> None:
+def test_schedules_agree_with_torch_and_ema_pytorch() -> None:
     torch = pytest.importorskip("torch")
     from torch.optim.swa_utils import AveragedModel
 
@@ -183,9 +183,9 @@ def test_a_schedule_is_a_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_an_equal_one_compiles_nothing_again(name: str, trace_counter: Any) -> None:
+def test_an_equal_schedule_compiles_nothing_again(name: str, trace_counter: Any) -> None:
     params = {"w": jnp.ones(23)}
-    update = jax.jit(lambda target, params: target.update(params))
+    update = jax.jit(lambda target, params: target.update(params))  # a cache of its own
     with trace_counter() as compiled:
         EMATarget(params, FORMS[name][0]()).update(params)
         update(EMATarget(params, FORMS[name][0]()), params)
@@ -196,7 +196,7 @@ def test_an_equal_one_compiles_nothing_again(name: str, trace_counter: Any) -> N
     assert not compiled
 
 
-def test_copy_until_a_step_then_average() -> None:
+def test_copies_until_a_step_and_averages_afterwards() -> None:
     schedule = optax.join_schedules([optax.constant_schedule(1.0), schedules.uniform()], [5])
     online = iterates(12)
     slow = averaged(schedule, online)
@@ -260,7 +260,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_settings_that_cannot_be_meant(case: str) -> None:
+def test_invalid_settings(case: str) -> None:
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         make()
@@ -268,13 +268,13 @@ def test_settings_that_cannot_be_meant(case: str) -> None:
 
 @hypothesis_settings(deadline=None)
 @given(st.floats(1e-30, 1))
-def test_a_correction_begins_with_a_copy(step_size: float) -> None:
+def test_a_bias_corrected_average_begins_with_a_copy(step_size: float) -> None:
     assert schedules.bias_corrected(step_size)(0) == 1
 
 
 @hypothesis_settings(deadline=None)
 @given(st.floats(0, 9e5))
-def test_gamma_and_its_width_are_inverse(gamma: float) -> None:
+def test_gamma_and_sigma_rel_are_inverse(gamma: float) -> None:
     width = (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
     np.testing.assert_allclose(
         schedules.power_function(sigma_rel=width).gamma, gamma, rtol=1e-6, atol=1e-6

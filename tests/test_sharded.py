@@ -1,4 +1,4 @@
-"""The sharded example measures what it says, and resumes to the bit, wherever the slow copy lives."""
+"""The sharded example measures what it prints, and resumes bit for bit, wherever the slow copy is."""
 
 import contextlib
 import os
@@ -17,7 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import sharded
-from conftest import assert_same
+from helpers.comparisons import assert_same
+from helpers.processes import cpu_environment
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "sharded.py"
 FOLDER = "width-64"
@@ -26,12 +27,11 @@ WHOLE = (2 * 64 * 64 + 2 * 4 * 64 * 256) * 4 / 2**20  # MiB of the parameters
 
 @contextlib.contextmanager
 def running(*args: Any) -> Iterator[subprocess.Popen[str]]:
-    """The program, which does not outlive the block, nor do its processes."""
+    """Runs the program, and kills it and its processes at the end of the block."""
     command = [sys.executable, "-W", "error", str(PROGRAM), "--width", "64", *map(str, args)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+        command, stdout=pipe, stderr=pipe, text=True, env=cpu_environment(), start_new_session=True
     ) as program:
         try:
             yield program
@@ -41,7 +41,7 @@ def running(*args: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def run(*args: Any) -> str:
-    """What the program prints."""
+    """Returns what the program prints."""
     with running(*args) as program:
         out, errors = program.communicate(timeout=100)
     assert program.returncode == 0, errors
@@ -49,7 +49,7 @@ def run(*args: Any) -> str:
 
 
 def saved(out: Path, step: int) -> Any:
-    """A checkpoint as NumPy arrays."""
+    """Returns a checkpoint as NumPy arrays."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         folder = out / FOLDER / str(step) / "default"
         as_numpy = jax.tree.map(
@@ -65,7 +65,7 @@ def _uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
     return out, run("--devices", 4, "--steps", 50, "--out", out)
 
 
-def test_what_each_place_of_the_slow_copy_costs(uninterrupted: tuple[Path, str]) -> None:
+def test_the_memory_and_communication_of_each_placement(uninterrupted: tuple[Path, str]) -> None:
     out, printed = uninterrupted
     assert (
         f"4 devices, on each {WHOLE / 4:.2f} MiB of params, {WHOLE / 2:.2f} MiB of opt_state" in printed
@@ -82,7 +82,7 @@ def test_what_each_place_of_the_slow_copy_costs(uninterrupted: tuple[Path, str])
     assert (out / "sharded.png").stat().st_size > 10_000
 
 
-def test_resumed_with_the_slow_copy_elsewhere_it_equals_an_uninterrupted_run(
+def test_a_run_resumed_with_the_slow_copy_elsewhere_equals_an_uninterrupted_one(
     uninterrupted: tuple[Path, str], tmp_path: Path
 ) -> None:
     out, printed = uninterrupted
@@ -93,7 +93,7 @@ def test_resumed_with_the_slow_copy_elsewhere_it_equals_an_uninterrupted_run(
     assert saved(out, 50)["target"]["step"] == 50
 
 
-def test_two_processes_go_on_from_there_and_heed_a_ctrl_c_together(
+def test_two_processes_resume_the_run_and_stop_together_at_ctrl_c(
     uninterrupted: tuple[Path, str], tmp_path: Path
 ) -> None:
     shutil.copytree(uninterrupted[0] / FOLDER / "50", tmp_path / FOLDER / "50")

@@ -1,4 +1,4 @@
-"""What `update`, `sync` and `distance` do, setting by setting, against plain NumPy."""
+"""`update`, `sync` and `distance` with each setting, compared with plain NumPy."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays, assert_same, moved
 from flax import nnx
+from helpers.comparisons import arrays, assert_close, assert_same
+from helpers.targets import INT32_MAX, UPDATES, at_step, scan_updates
+from helpers.trees import perturb
 
 from target_nets import EMATarget, PeriodicTarget, apply_updates, incremental_update, periodic_update
 
 START = {"w": np.zeros((2, 3), np.float32), "b": np.ones(3, np.float32)}
-STEP_MAX = 2**31 - 1
 
 
 def online(step: int) -> dict[str, np.ndarray]:
@@ -22,22 +23,11 @@ def online(step: int) -> dict[str, np.ndarray]:
 
 
 def averaged(step_sizes: list[float], start: Any = START) -> dict[str, np.ndarray]:
-    """The averages of `online(0), online(1), ...` in float64."""
+    """Returns the average of `online(0), online(1), ...` in float64."""
     slow = {name: x.astype(np.float64) for name, x in start.items()}
     for step, step_size in enumerate(step_sizes):
         slow = {name: x + step_size * (online(step)[name] - x) for name, x in slow.items()}
     return slow
-
-
-def assert_close(got: Any, expected: Any) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, expected)
-
-
-def at_step(target: Any, step: int) -> Any:
-    """The same target with another count, as a checkpoint would have it."""
-    leaves, treedef = jax.tree.flatten_with_path(target)
-    values = [np.array(step, np.int32) if path[0].name == "step" else x for path, x in leaves]
-    return treedef.unflatten(values)
 
 
 @pytest.mark.parametrize(
@@ -52,25 +42,23 @@ def test_a_number_as_step_size(step_size: Any) -> None:
 
 
 @pytest.mark.parametrize("step_size", [0.3, jnp.float32(0.3), optax.constant_schedule(0.3)])
-@pytest.mark.parametrize("period", [1, 2])
-@pytest.mark.parametrize("donate", [False, True])
-def test_eager_jitted_and_scanned_updates_are_equal_to_the_bit(
+@pytest.mark.parametrize(("period", "donate"), [(1, False), (2, False), (1, True)])
+def test_eager_jitted_and_scanned_updates_are_equal_bit_for_bit(
     step_size: Any, period: int, donate: bool
 ) -> None:
     eager = EMATarget(START, step_size, update_period=period, donate=donate)
     jitted, scanned = (EMATarget(START, step_size, update_period=period) for _ in range(2))
-    update = jax.jit(lambda target, params: target.update(params))
     for step in range(5):
         eager.update(online(step))
-        jitted = update(jitted, online(step))
+        jitted = UPDATES["jit"](jitted, online(step))
     batch = jax.tree.map(lambda *xs: np.stack(xs), *(online(step) for step in range(5)))
-    scanned, _ = jax.lax.scan(lambda t, p: (t.update(p), t.step), scanned, batch)
+    scanned = scan_updates(scanned, batch)
     assert_same(eager.params, jitted.params)
     assert_same(eager.params, scanned.params)
     assert eager.step == jitted.step == scanned.step == 5
 
 
-def test_a_schedule_sees_the_number_of_averagings_before() -> None:
+def test_a_schedule_is_called_with_the_number_of_averagings_before() -> None:
     target = EMATarget(START, lambda n: 1.0 / (n + 1))
     every_third = EMATarget(START, lambda n: 1.0 / (n + 1), update_period=3)
     for step in range(6):
@@ -81,7 +69,7 @@ def test_a_schedule_sees_the_number_of_averagings_before() -> None:
     assert_close(every_third.params, jax.tree.map(lambda x, y: (x + y) / 2, online(2), online(5)))
 
 
-def test_optax_schedules_as_they_are() -> None:
+def test_schedules_of_optax() -> None:
     schedule = optax.join_schedules(
         [optax.constant_schedule(1.0), optax.linear_schedule(0.5, 0, 2)], [2]
     )
@@ -146,23 +134,21 @@ def test_update_period() -> None:
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 100])
-@pytest.mark.parametrize("jit", [False, True])
-def test_periodic_copies_on_every_multiple(period: int, jit: bool) -> None:
-    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
-    target = PeriodicTarget(START, period)
-    for step in range(1, 8):
-        target = update(target, online(step))
-        latest = step - step % period
-        assert_same(target.params, jax.tree.map(jnp.asarray, online(latest) if latest else START))
-        assert target.step == step
+def test_periodic_copies_on_every_multiple(period: int) -> None:
+    for update in UPDATES.values():
+        target = PeriodicTarget(START, period)
+        for step in range(1, 8):
+            target = update(target, online(step))
+            latest = step - step % period
+            assert_same(target.params, jax.tree.map(jnp.asarray, online(latest) if latest else START))
+            assert target.step == step
 
 
-def test_eager_updates_go_on_after_jit() -> None:
-    update = jax.jit(lambda target, params: target.update(params))
+def test_eager_and_jitted_updates_may_alternate() -> None:
     for make in (lambda: EMATarget(START, 0.3, update_period=2), lambda: PeriodicTarget(START, 2)):
         mixed, eager = make(), make()
         for step in range(7):
-            mixed = update(mixed, online(step)) if step in (1, 4) else mixed.update(online(step))
+            mixed = UPDATES["jit" if step in (1, 4) else "eager"](mixed, online(step))
             eager.update(online(step))
         assert_same(mixed.params, eager.params)
         assert mixed.step == eager.step == 7
@@ -171,23 +157,22 @@ def test_eager_updates_go_on_after_jit() -> None:
 def test_sync_copies_now_and_keeps_the_step(tree: Any) -> None:
     for target in (EMATarget(tree, 0.5, mask=True), PeriodicTarget(tree, 100)):
         target.update(tree)
-        assert target.sync(moved(tree)) is target
-        assert_same(target.params, jax.tree.map(jnp.asarray, moved(tree)))
+        assert target.sync(perturb(tree)) is target
+        assert_same(target.params, jax.tree.map(jnp.asarray, perturb(tree)))
         assert target.step == 1
 
 
 def test_every_tree_keeps_its_structure_and_dtypes(tree: Any) -> None:
     expected = jax.tree.map(jnp.asarray, tree)
-    update = jax.jit(lambda target, params: target.update(params))
     for target in (EMATarget(tree, 0.5), PeriodicTarget(tree, 1)):
         assert_same(target.params, expected)
-        target.update(moved(tree))
+        target.update(perturb(tree))
         once = target.params
         assert jax.tree.structure(once) == jax.tree.structure(expected)
         for x, y in zip(jax.tree.leaves(once), jax.tree.leaves(expected), strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        assert_same(update(target, moved(tree)).update(moved(tree)).step, jnp.int32(3))
-        assert_same(target.params, once)  # jit was given a copy
+        assert_same(UPDATES["jit"](target, perturb(tree)).update(perturb(tree)).step, jnp.int32(3))
+        assert_same(target.params, once)  # jit updated a copy
 
 
 def test_mask() -> None:
@@ -209,17 +194,17 @@ def test_mask_of_batch_statistics_in_nnx() -> None:
         )
 
     state = nnx.state(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
-    target = EMATarget(state, 0.5, mask=parameters_only).update(moved(state))
+    target = EMATarget(state, 0.5, mask=parameters_only).update(perturb(state))
     np.testing.assert_array_equal(target.params["scale"][...], [1.5, 1.5])
     np.testing.assert_array_equal(target.params["mean"][...], [1, 1])
 
 
-def test_small_floats_are_held_in_float32_and_read_in_their_own() -> None:
+def test_small_floats_are_held_in_float32_and_read_in_their_own_dtype() -> None:
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float16), "n": jnp.int32(3)}
     target = EMATarget(params, 0.25)
     held = {x.dtype.name for x in jax.tree.leaves(target) if x.ndim}
     assert held == {"float32"}
-    target.update(moved(params))
+    target.update(perturb(params))
     assert_same(
         target.params,
         {"a": jnp.full(2, 1.25, jnp.bfloat16), "b": jnp.full(2, 1.25, jnp.float16), "n": jnp.int32(4)},
@@ -235,7 +220,7 @@ def test_accumulator_dtype(accumulator: Any) -> None:
     target = EMATarget(params, 0.5, accumulator_dtype=accumulator)
     held = [x.dtype for x in jax.tree.leaves(target)][:3]
     assert held == [jnp.int32, jnp.dtype(accumulator), jnp.complex64]
-    target.update(moved(params))
+    target.update(perturb(params))
     assert_same(target.params, {"w": params["w"] + 0.5, "z": params["z"] + 0.5, "n": params["n"] + 1})
 
 
@@ -249,7 +234,7 @@ def test_float64_accumulator_under_x64() -> None:
         EMATarget(START, 0.1, accumulator_dtype=np.float64)
 
 
-def test_an_online_network_of_another_precision() -> None:
+def test_online_parameters_of_another_precision() -> None:
     target = EMATarget({"w": jnp.zeros(2)}, 0.5).update({"w": jnp.ones(2, jnp.bfloat16)})
     assert_same(target.params, {"w": jnp.full(2, 0.5)})
     target = EMATarget({"w": jnp.zeros(2, jnp.bfloat16)}, 0.5).update({"w": np.ones(2)})
@@ -277,11 +262,11 @@ def test_distance_is_the_global_norm_over_inexact_leaves() -> None:
     assert EMATarget({}, 0.5).distance({}) == 0
 
 
-@pytest.mark.parametrize("period", [1, 2, 3, 1000, STEP_MAX - 1, STEP_MAX])
-@pytest.mark.parametrize("jit", [False, True])
-def test_the_step_goes_back_by_a_period_after_the_last_multiple_in_int32(period: int, jit: bool) -> None:
-    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
-    last = STEP_MAX // period * period
+@pytest.mark.parametrize("period", [1, 2, 3, 1000, INT32_MAX - 1, INT32_MAX])
+@pytest.mark.parametrize("how", UPDATES)
+def test_the_step_goes_back_by_a_period_after_the_last_multiple_in_int32(period: int, how: str) -> None:
+    update = UPDATES[how]
+    last = INT32_MAX // period * period
     for make in (
         lambda: EMATarget(START, 1.0, update_period=period),
         lambda: PeriodicTarget(START, period),
@@ -292,7 +277,7 @@ def test_the_step_goes_back_by_a_period_after_the_last_multiple_in_int32(period:
         assert_same(target.params, jax.tree.map(jnp.asarray, online(0)))
         target = update(target, online(1))
         assert target.step == last + 1 - period
-        due = period == 1
+        due = period == 1  # otherwise this update is between periods
         assert_same(target.params, jax.tree.map(jnp.asarray, online(1) if due else online(0)))
         assert_same(update(at_step(target, last), online(2)).step, target.step)
         if period < last:  # the next multiple comes a period later
@@ -301,13 +286,12 @@ def test_the_step_goes_back_by_a_period_after_the_last_multiple_in_int32(period:
             )
 
 
-@pytest.mark.parametrize("jit", [False, True])
-def test_a_schedule_holds_its_last_value_past_int32(jit: bool) -> None:
-    update = (jax.jit if jit else lambda f: f)(lambda target, params: target.update(params))
-    target = EMATarget(START, lambda n: jnp.where(n == STEP_MAX - 1, 0.5, 0.0))
-    target = at_step(target, STEP_MAX - 1)
+@pytest.mark.parametrize("how", UPDATES)
+def test_a_schedule_keeps_its_last_value_past_int32(how: str) -> None:
+    target = EMATarget(START, lambda n: jnp.where(n == INT32_MAX - 1, 0.5, 0.0))
+    target = at_step(target, INT32_MAX - 1)
     for step in range(3):
-        target = update(target, online(step))
+        target = UPDATES[how](target, online(step))
     assert_close(target.params, averaged([0.5] * 3))
 
 
@@ -322,23 +306,23 @@ def test_the_step_stays_on_the_host_until_jit() -> None:
     assert target.step.dtype == jnp.int32
 
 
-def test_reading_never_hands_out_the_containers_themselves() -> None:
+def test_changing_a_container_that_was_read_leaves_the_target() -> None:
     target = EMATarget({"net": {"w": jnp.zeros(2)}}, 0.5)
-    target.params["net"]["w"] = "mine"
+    target.params["net"]["w"] = "changed"
     target.params.clear()
     assert_same(target.params, {"net": {"w": jnp.zeros(2)}})
 
 
 def test_donation_reuses_memory_and_gives_the_same_result() -> None:
     params = {"w": jnp.zeros(1024), "h": jnp.zeros(1024, jnp.bfloat16)}
-    kept, donated = EMATarget(params, 0.5), EMATarget(params, 0.5, donate=True)
+    plain, donated = EMATarget(params, 0.5), EMATarget(params, 0.5, donate=True)
     for method in ("update", "sync", "update"):
-        before, earlier = arrays(kept), kept.params
+        before, earlier = arrays(plain), plain.params
         memory = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(donated)[:2]]
-        getattr(kept, method)(moved(params))
-        getattr(donated, method)(moved(params))
+        getattr(plain, method)(perturb(params))
+        getattr(donated, method)(perturb(params))
         assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(donated)[:2]] == memory
-        assert_same(donated.params, kept.params)
+        assert_same(donated.params, plain.params)
         assert len(before) == len(arrays(earlier)) + 1  # what was read before can still be read
     periodic = PeriodicTarget(params, 2, donate=True)
     first = periodic.params["w"]
@@ -347,7 +331,7 @@ def test_donation_reuses_memory_and_gives_the_same_result() -> None:
     assert first.is_deleted()
 
 
-def test_donation_inside_a_transformation_is_the_callers_business() -> None:
+def test_inside_a_transformation_donate_has_no_effect() -> None:
     target = EMATarget({"w": jnp.zeros(4)}, 0.5, donate=True)
     for transform in (jax.jit, lambda f: jax.vmap(f, in_axes=(None, 0)), jax.checkpoint):
         online_params = {"w": jnp.ones((2, 4) if transform not in (jax.jit, jax.checkpoint) else 4)}
@@ -357,7 +341,7 @@ def test_donation_inside_a_transformation_is_the_callers_business() -> None:
     assert_same(target.params, {"w": jnp.full(4, 0.5)})
 
 
-def test_the_gradient_of_distance_is_zero_at_no_distance() -> None:
+def test_the_gradient_of_distance_is_zero_where_the_distance_is() -> None:
     target = EMATarget({"w": jnp.ones(2)}, 0.5)
     np.testing.assert_array_equal(jax.grad(target.distance)({"w": jnp.ones(2)})["w"], [0, 0])
     np.testing.assert_allclose(jax.grad(target.distance)({"w": jnp.array([4.0, 5.0])})["w"], [0.6, 0.8])
@@ -374,7 +358,7 @@ def test_narrow_integers_are_averaged_in_floats() -> None:
 
 
 @pytest.mark.parametrize("number", [3.0, 3, True, np.float64(3), np.full((), 3.0), np.int64(3)])
-def test_numbers_as_leaves_where_nothing_is_compiled(number: Any) -> None:
+def test_numbers_as_leaves_with_and_without_jit(number: Any) -> None:
     def results() -> list[Any]:
         slow, online_params = {"w": jnp.zeros(())}, {"w": number}
         return [

@@ -1,8 +1,6 @@
-"""One thread learns while others read: whatever they read is of one and the same update."""
+"""While one thread updates a target, other threads read it: each reading is of one update."""
 
-import copy
 import itertools
-import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,47 +8,24 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays, interposed
 from flax import serialization
-
-from target_nets import EMATarget, PeriodicTarget
+from helpers.comparisons import bits
+from helpers.faults import run_with_action_at
+from helpers.targets import COPIES, MAKERS, make_makers
+from helpers.trees import mixed
 
 ACTORS = 4
-START = {"w": jnp.zeros(16), "h": jnp.zeros(4, jnp.bfloat16), "n": jnp.int32(0)}
-ONLINES = [
-    {
-        "w": jax.random.normal(jax.random.key(k), 16),
-        "h": jax.random.normal(jax.random.key(-k), 4, jnp.bfloat16),
-        "n": jnp.int32(k),
-    }
-    for k in range(1, 98)
-]
-
-
-def half(n: jax.Array) -> jax.Array:
-    return 0.5 + 0 * n
-
-
-MAKERS: dict[str, Callable[[], Any]] = {
-    "ema": lambda: EMATarget(START, 0.5),
-    "ema, schedule": lambda: EMATarget(START, half, update_period=2),
-    # What is read is the slow copy and its compensation together.
-    "ema, compensated": lambda: EMATarget(
-        START, jnp.float32(0.3), accumulator_dtype="bfloat16", compensated=True, skip_nonfinite=True
-    ),
-    "periodic": lambda: PeriodicTarget(START, 3),
+START, *ONLINES = ({name: mixed(seed)[name] for name in ("w", "h", "n")} for seed in range(98))
+TARGETS: dict[str, Callable[[Any], Any]] = {
+    **{kind: MAKERS[kind] for kind in ("ema", "ema, schedule", "ema, everything")},
+    "periodic": make_makers(period=3)["periodic"],
 }
 
 
-def bits(tree: Any) -> tuple[bytes, ...]:
-    return tuple(x.tobytes() for x in arrays(tree))
-
-
-def whole(target: Any) -> tuple[int, tuple[bytes, ...]]:
-    """Step and parameters of a target that nobody changes."""
+def step_and_params(target: Any) -> tuple[int, tuple[bytes, ...]]:
+    """Reads step and parameters of a target that no other thread changes."""
     return int(target.step), bits(target.params)
 
 
@@ -61,7 +36,7 @@ def learn(target: Any, updates: int) -> Iterator[Any]:
 
 @pytest.fixture(name="switching", autouse=True)
 def _switching() -> Iterator[None]:
-    """Threads take turns as often as can be."""
+    """Makes threads take turns as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -69,7 +44,7 @@ def _switching() -> Iterator[None]:
 
 
 def read_while_learning(target: Any, updates: int, read: Callable[[Any], Any]) -> list[Any]:
-    """What the actors read in turn while the learner updates, and after its last update."""
+    """Returns what each actor reads while the learner updates, and after the last update."""
     learning = True
 
     def act() -> list[Any]:
@@ -88,35 +63,32 @@ def read_while_learning(target: Any, updates: int, read: Callable[[Any], Any]) -
         return [future.result() for future in futures]
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_every_read_is_a_complete_slow_copy(kind: str) -> None:
     updates = 10_000 if kind in ("ema", "periodic") else 1_000
-    alone = MAKERS[kind]()
+    alone = TARGETS[kind](START)
     known = {bits(alone.params)} | {bits(t.params) for t in learn(alone, updates)}
-    for reads in read_while_learning(MAKERS[kind](), updates, lambda target: bits(target.params)):
+    for reads in read_while_learning(TARGETS[kind](START), updates, lambda target: bits(target.params)):
         assert set(reads) <= known
-        assert len(set(reads)) > 1  # the target did move meanwhile
+        assert len(set(reads)) > 1  # the target changed meanwhile
         assert reads[-1] == bits(alone.params)
 
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda target: pickle.loads(pickle.dumps(target)),
+COPIES_IN_MEMORY: dict[str, Callable[[Any], Any]] = {
+    **{how: COPIES[how] for how in ("copy", "deepcopy", "pickle")},
     "pytree": lambda target: jax.tree.map(lambda x: x, target),
     "pytree with keys": lambda target: jax.tree_util.tree_map_with_path(lambda _, x: x, target),
-    "checkpoint": lambda target: serialization.from_state_dict(
-        target, serialization.to_state_dict(target)
-    ),
 }
+ALL_COPIES = COPIES_IN_MEMORY | COPIES
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_every_copy_is_of_one_and_the_same_update(how: str) -> None:
-    make, updates = MAKERS["ema, compensated"], 500
-    alone = make()
-    known = [whole(alone), *(whole(target) for target in learn(alone, updates))]
-    for reads in read_while_learning(make(), updates, lambda target: whole(COPIES[how](target))):
+@pytest.mark.parametrize("how", ALL_COPIES)
+def test_every_copy_is_of_one_update(how: str) -> None:
+    make, updates = MAKERS["ema, everything"], 500
+    alone = make(START)
+    known = [step_and_params(alone), *(step_and_params(target) for target in learn(alone, updates))]
+    copies = read_while_learning(make(START), updates, lambda t: step_and_params(ALL_COPIES[how](t)))
+    for reads in copies:
         assert all(read == known[read[0]] for read in reads)
         assert [step for step, _ in reads] == sorted(step for step, _ in reads)
         assert reads[-1] == known[-1]
@@ -127,30 +99,35 @@ READS: dict[str, Callable[[Any], Any]] = {
     "distance": lambda target: float(target.distance(START)),
     "state dict": lambda target: jax.tree.map(np.asarray, serialization.to_state_dict(target)),
     "repr": repr,
-    **{how: lambda target, how=how: whole(COPIES[how](target)) for how in COPIES if how != "checkpoint"},
+    **{
+        how: lambda target, how=how: step_and_params(COPIES_IN_MEMORY[how](target))
+        for how in COPIES_IN_MEMORY
+    },
 }
 
 
-@pytest.mark.parametrize("how", READS)
-@pytest.mark.parametrize("kind", ["ema, compensated", "periodic"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*(("ema, everything", how) for how in READS), ("periodic", "params"), ("periodic", "copy")],
+)
 def test_an_update_between_any_two_instructions_of_a_read(kind: str, how: str) -> None:
-    """What threads do by chance, moment by moment."""
+    """Interrupts a reading at every moment, as another thread does by chance."""
 
     def read(target: Any) -> str:
         return repr(READS[how](target))
 
-    def third() -> Any:
-        target = MAKERS[kind]()
+    def make_target() -> Any:
+        target = TARGETS[kind](START)
         return target.update(ONLINES[0]).update(ONLINES[1])
 
-    before, after = read(third()), read(third().update(ONLINES[2]))
+    before, after = read(make_target()), read(make_target().update(ONLINES[2]))
     got = []
     for moment in itertools.count():
-        target = third()
-        result, done = interposed(
+        target = make_target()
+        result, updated = run_with_action_at(
             partial(read, target), partial(target.update, ONLINES[2]), moment, "opcode"
         )
-        if not done:
+        if not updated:
             break
         assert result in (before, after)
         got.append(result)

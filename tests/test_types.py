@@ -1,4 +1,4 @@
-"""A user's editor knows that `target.params` has the type of what went in: pyright checks this file."""
+"""Pyright checks this file: `target.params` has the type of the parameters given to the target."""
 
 from typing import Any, NamedTuple, assert_type
 
@@ -16,7 +16,7 @@ class Params(NamedTuple):
     b: jax.Array
 
 
-def test_a_dict() -> None:
+def test_the_type_of_a_dict() -> None:
     params: dict[str, jax.Array] = {"w": jnp.ones(2)}
     target = EMATarget(params, 0.1)
     assert_type(target, EMATarget[dict[str, jax.Array]])
@@ -27,7 +27,7 @@ def test_a_dict() -> None:
     assert isinstance(target.params, dict)
 
 
-def test_a_named_tuple() -> None:
+def test_the_type_of_a_named_tuple() -> None:
     target = PeriodicTarget(Params(jnp.ones(2), jnp.zeros(2)), 10)
     assert_type(target, PeriodicTarget[Params])
     assert_type(target.params.w, jax.Array)
@@ -36,7 +36,7 @@ def test_a_named_tuple() -> None:
     assert isinstance(target.params, Params)
 
 
-def test_an_nnx_state() -> None:
+def test_the_type_of_an_nnx_state() -> None:
     state: nnx.State[Any, Any] = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     target = EMATarget(state, 0.1)
     assert_type(target.params, nnx.State[Any, Any])
@@ -44,13 +44,13 @@ def test_an_nnx_state() -> None:
     assert isinstance(target.params, nnx.State)
 
 
-def test_an_nnx_module() -> None:
+def test_the_type_of_an_nnx_module() -> None:
     target = EMATarget(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 0.1)
     assert_type(target.params, nnx.Linear)
     assert target.params(jnp.ones((1, 2))).shape == (1, 2)
 
 
-def test_through_the_functions_of_a_user() -> None:
+def test_the_type_of_a_field() -> None:
     class Agent(NamedTuple):
         params: Params
         target: EMATarget[Params]
@@ -63,7 +63,7 @@ def test_through_the_functions_of_a_user() -> None:
     assert_type(agent.target.params.w, jax.Array)
 
 
-def test_step_sizes_and_masks_of_every_kind() -> None:
+def test_the_types_of_step_sizes_and_masks() -> None:
     params = {"w": jnp.ones(2)}
     for step_size in (0.1, 1, jnp.float32(0.1), schedules.uniform(), lambda n: 1 / (n + 1)):
         assert_type(EMATarget(params, step_size), EMATarget[dict[str, jax.Array]])
@@ -71,7 +71,7 @@ def test_step_sizes_and_masks_of_every_kind() -> None:
         assert_type(EMATarget(params, 0.1, mask=mask), EMATarget[dict[str, jax.Array]])
 
 
-def test_another_tree_is_an_error_in_the_editor_too() -> None:
+def test_an_argument_of_another_type_is_an_error() -> None:
     target = EMATarget({"w": jnp.ones(2)}, 0.1)
     with pytest.raises(ValueError, match="online_params"):
         target.update(Params(jnp.ones(2), jnp.zeros(2)))  # pyright: ignore[reportArgumentType]
@@ -81,7 +81,7 @@ def test_another_tree_is_an_error_in_the_editor_too() -> None:
         schedules.cosine(0.1, 2.5)  # pyright: ignore[reportArgumentType]
 
 
-def test_the_rules() -> None:
+def test_the_types_of_the_rules() -> None:
     params = Params(jnp.ones(2), jnp.zeros(2))
     assert_type(target_nets.incremental_update(params, params, 0.5), Params)
     assert_type(target_nets.periodic_update(params, params, 1, 2), Params)
@@ -89,7 +89,7 @@ def test_the_rules() -> None:
     assert_type(target_nets.apply_updates(params, updates), Params)
 
 
-def test_reconstructed_parameters() -> None:
+def test_the_type_of_reconstructed_parameters() -> None:
     params = Params(jnp.ones(2), jnp.zeros(2))
 
     def load() -> Params:

@@ -1,7 +1,7 @@
 """A learner in the style of Acme's `SGDLearner` for DQN (Hoffman et al., 2020).
 
-There the training state is a NamedTuple that holds `target_params` and `steps` for
-`rlax.periodic_update`. Here one field, the target, is both.
+There the training state is a NamedTuple with `target_params` and `steps` for `rlax.periodic_update`.
+Here one field, the target, replaces both.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import arrays, assert_same
+from helpers.comparisons import arrays, assert_same
 from reference import assert_follows
 
 from target_nets import PeriodicTarget
@@ -107,7 +107,7 @@ def test_the_target_in_the_state_of_a_learner() -> None:
     assert_follows(slow, online[::3], step_size=1)
 
 
-def test_a_restored_learner_goes_on_to_the_bit() -> None:
+def test_a_restored_learner_resumes_bit_for_bit() -> None:
     learner = make_learner(transitions(0))
     for _ in range(4):
         learner.step()

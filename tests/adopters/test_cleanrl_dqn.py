@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import arrays
 from flax.training import train_state
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget
@@ -50,7 +50,7 @@ def update(q_state: TrainState, data: dict[str, np.ndarray]) -> tuple[TrainState
 
 
 def sample(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A batch as a replay buffer gives it."""
+    """Returns a batch, as a replay buffer does."""
     return {
         "observations": rng.normal(size=(8, 4)).astype(np.float32),
         "actions": rng.integers(2, size=8),

@@ -1,13 +1,13 @@
 """A model in the style of Equinox's examples (Kidger and Garcia, 2021): a denoiser, and its average.
 
-The average of a diffusion model is what one samples from (Ho et al., 2020); its step size warms up.
+One samples from the average of a diffusion model (Ho et al., 2020). Its step size warms up.
 """
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from conftest import arrays
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget, schedules
@@ -58,7 +58,7 @@ def test_the_average_of_a_filtered_model() -> None:
     for key in keys:
         model, target, opt_state, _ = make_step(model, target, opt_state, x, key)
         online.append(arrays(eqx.filter(model, eqx.is_array)))
-    # The steps of the warm-up: a copy, then a power of n; from n = 8 on it would be the minimum.
+    # The warm-up begins with a copy and goes on with a power of n. The minimum would begin at n = 8.
     assert_follows(target.params, online, lambda n: max((1 + n) ** -0.75, 0.2))
 
     averaged = eqx.combine(target.params, static)

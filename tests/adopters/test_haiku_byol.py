@@ -1,7 +1,7 @@
 """Self-supervision in the style of DeepMind's BYOL (Grill et al., 2020), with Haiku.
 
-There the target parameters and the step that gives tau are fields of an experiment state. Here they are
-a target with a schedule. BatchNorm's state belongs to the forward passes, and is not averaged.
+There the target parameters, and the step that gives tau, are fields of an experiment state. Here a
+target with a schedule replaces them. BatchNorm's state, which the forward passes use, is not averaged.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import arrays
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget, schedules
@@ -64,7 +64,7 @@ def update_fn(state: ByolState, views: tuple[np.ndarray, np.ndarray]) -> ByolSta
     return ByolState(params, online_state, state.target.update(params), target_state, opt_state)
 
 
-def test_a_target_whose_tau_follows_the_cosine_of_the_paper() -> None:
+def test_tau_follows_the_cosine_of_the_paper() -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(16, 6)).astype(np.float32)
     state = make_initial_state(jax.random.key(0), images)

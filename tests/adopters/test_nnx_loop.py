@@ -1,14 +1,13 @@
 """A training loop in the style of flax's NNX tutorials: model, optimizer and metrics through `nnx.jit`.
 
-Beside the model goes a moving average of its parameters and of BatchNorm's statistics, which is what
-gets evaluated.
+The loop evaluates a moving average of the parameters and of BatchNorm's statistics.
 """
 
 import jax
 import numpy as np
 import optax
-from conftest import arrays
 from flax import nnx
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget
@@ -53,7 +52,7 @@ def make_batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"image": rng.normal(size=(16, 4)).astype(np.float32) + label[:, None], "label": label}
 
 
-def test_a_moving_average_beside_the_model() -> None:
+def test_a_moving_average_of_parameters_and_statistics() -> None:
     model = Classifier(nnx.Rngs(0))
     target = EMATarget(nnx.state(model, AVERAGED), STEP_SIZE)
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)

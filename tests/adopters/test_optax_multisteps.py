@@ -1,7 +1,7 @@
 """Gradients accumulated with `optax.MultiSteps`: most mini-steps leave the parameters as they are.
 
-The target should move with the parameters, once for each real update. An `update_period` of as many
-mini-steps does that; where the accumulation has a schedule of its own, `has_updated` says when.
+The target should average once for each update of the parameters. An `update_period` of as many
+mini-steps does that. If the number of mini-steps changes, `has_updated` says when to average.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import arrays
+from helpers.comparisons import arrays
 from reference import assert_follows, entry
 
 from target_nets import EMATarget
@@ -37,7 +37,7 @@ def data(mini_steps: int) -> tuple[np.ndarray, np.ndarray]:
     return x, x.sum(-1)
 
 
-def test_an_update_period_of_as_many_mini_steps() -> None:
+def test_an_update_period_equal_to_the_number_of_mini_steps() -> None:
     params, every = fresh(), 4
     optimizer = optax.MultiSteps(optax.adam(1e-2), every_k_schedule=every)
     opt_state, target = optimizer.init(params), EMATarget(params, STEP_SIZE, update_period=every)
@@ -55,7 +55,7 @@ def test_an_update_period_of_as_many_mini_steps() -> None:
     assert_follows(target.params, [online[0], online[4], online[8], online[12]], STEP_SIZE)
 
 
-def test_has_updated_says_when() -> None:
+def test_averages_when_has_updated_is_true() -> None:
     params = fresh()
     optimizer = optax.MultiSteps(optax.adam(1e-2), every_k_schedule=lambda step: step + 1)
     carry = params, optimizer.init(params), EMATarget(params, STEP_SIZE)

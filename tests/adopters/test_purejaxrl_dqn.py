@@ -1,7 +1,7 @@
 """An agent in the style of PureJaxRL's `dqn.py` (Lu et al., 2022): the whole run is one jitted function.
 
-There the target parameters are a field of the state in the carry of the scan, replaced within a
-`lax.cond`, and the run is vmapped over seeds. So is the target here, and over step sizes, too.
+There the target parameters are a field of the state in the carry of a scan, a `lax.cond` replaces them,
+and the run is vmapped over seeds. Here the target is that field, and vmap goes over step sizes, too.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""TD3 (Fujimoto et al., 2018) as one finds it in single-file agents: a class, `train` called on batches.
+"""TD3 (Fujimoto et al., 2018) in the style of single-file agents: a class whose `train` takes batches.
 
-Its three targets, of the actor and of both critics, move with every delayed policy update. Everything
-that is trained is donated to the jitted steps, and the targets reuse their own memory.
+Its three targets, of the actor and of both critics, follow every delayed policy update. Everything that
+is trained is donated to the jitted steps, and the targets reuse their own memory.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import arrays
+from helpers.comparisons import arrays
 from reference import assert_follows
 
 from target_nets import EMATarget
@@ -60,7 +60,7 @@ class TD3:
         if self.total_it % POLICY_FREQ == 0:
             self._step("actor", train_actor, batch, self.params["critic_1"])
         for name, target in self.targets.items():
-            target.update(self.params[name])  # every POLICY_FREQ-th moves it
+            target.update(self.params[name])  # averages at every POLICY_FREQ-th call
 
     def _step(self, name: str, step: Any, *args: Any) -> None:
         self.params[name], self.opt_states[name] = step(self.params[name], self.opt_states[name], *args)
@@ -68,7 +68,7 @@ class TD3:
 
 @jax.jit
 def q_goal(slow: dict[str, Any], batch: dict[str, np.ndarray], key: jax.Array) -> jax.Array:
-    """The smaller of both critics' values of a smoothed action."""
+    """Returns the smaller of both critics' values of a smoothed action."""
     noise = jnp.clip(
         POLICY_NOISE * jax.random.normal(key, batch["action"].shape), -NOISE_CLIP, NOISE_CLIP
     )
@@ -98,7 +98,7 @@ def train_actor(params: Any, opt_state: Any, batch: dict[str, np.ndarray], criti
 
 
 def sample(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A batch as a replay buffer gives it."""
+    """Returns a batch, as a replay buffer does."""
     return {
         "state": rng.normal(size=(8, 3)).astype(np.float32),
         "action": rng.uniform(-1, 1, (8, 1)).astype(np.float32),
@@ -108,7 +108,7 @@ def sample(rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-def test_three_targets_that_move_with_the_delayed_policy() -> None:
+def test_three_targets_follow_the_delayed_policy() -> None:
     agent, rng = TD3(3, jax.random.key(0)), np.random.default_rng(0)
     online = [{name: arrays(params) for name, params in agent.params.items()}]
     for _ in range(9):
