@@ -43,7 +43,7 @@ def place_as(online: Tree, slow: PyTree) -> Tree:
 
     Inside a transformation, and on one device, there is nothing to do.
     """
-    if jax.device_count() == 1 or not trace.is_eager():
+    if not trace.is_eager() or jax.device_count() == 1:
         return online
     if jax.tree.structure(online) != jax.tree.structure(slow):
         return online  # `zip_leaves` will say where they differ
@@ -94,7 +94,7 @@ def link_shardings(new: Tree, old: Tree) -> Tree:
     The links must not be made inside the package's own compiled functions: all calls of such a function
     share one lowering, and the links would tie the arrays of all calls together.
     """
-    if jax.device_count() == 1 or trace.is_eager():
+    if trace.is_eager() or jax.device_count() == 1:
         return new
     return jax.tree.map(_link, new, old)
 

@@ -20,8 +20,7 @@ Count: TypeAlias = jax.Array | np.ndarray[Any, np.dtype[np.int32]]
 _is_bool = attrs.validators.instance_of(bool)
 
 
-@attrs.frozen(cache_hash=True)
-class Rule:
+class Rule(NamedTuple):
     """How an update changes the leaves of the slow copy. It is static in the compiled update.
 
     Attributes:

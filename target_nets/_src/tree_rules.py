@@ -53,16 +53,22 @@ def move(
       The new slow copy and the new count of skipped averagings.
     """
     online = trees.jit_argument(online)
-    with trees.naming_leaves(online, slow.params, names):
-        compiled = _donating_move if donate else _move
+    compiled = _donating_move if donate else _move
+    try:
         return compiled(online, slow, steps, period, skipped, step_size, n, rule=rule, names=names)
+    except trees.REFUSED_BY_JIT:
+        trees.zip_leaves(online, slow.params, names)  # names the leaf
+        raise
 
 
 def add(updates: PyTree, params: Tree) -> Tree:
     """Adds the updates to the parameters."""
     updates = trees.jit_argument(updates)
-    with trees.naming_leaves(updates, params, UPDATES):
+    try:
         return _add(updates, params)
+    except trees.REFUSED_BY_JIT:
+        trees.zip_leaves(updates, params, UPDATES)  # names the leaf
+        raise
 
 
 # What is compiled

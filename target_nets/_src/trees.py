@@ -1,8 +1,8 @@
 """Trees and their leaves: how two trees are paired, and where they differ."""
 
 import operator
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -20,6 +20,9 @@ Leaf: TypeAlias = Any  # whatever a user passes, before it is checked
 Tree = TypeVar("Tree")
 
 _CONFIG: Any = jax.config  # its settings are missing from jax's annotations
+
+# What jit raises for an argument that it cannot convert, before it traces the function. It names no leaf.
+REFUSED_BY_JIT = (TypeError, OverflowError)
 
 
 class Names(NamedTuple):
@@ -45,19 +48,6 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
         if (error := find_misfit(x, y)) is not None:
             raise error(_mismatch(names, leaf_path(new, index), describe(x), describe(y))) from None
     return pairs, treedef
-
-
-@contextmanager
-def naming_leaves(new: PyTree, old: PyTree, names: Names) -> Generator[None]:
-    """Names the leaf where a compiled function refuses one of its arguments.
-
-    jit converts its arguments before it traces the function, and its own errors give no key path.
-    """
-    try:
-        yield
-    except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot hold
-        zip_leaves(new, old, names)
-        raise
 
 
 def jit_argument(tree: Tree) -> Tree:

@@ -25,8 +25,11 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
     online = trees.jit_argument(placement.place_as(online, state.params))
-    with trees.naming_leaves(online, state.params, NAMES):
+    try:
         return _distance(online, state.slow)
+    except trees.REFUSED_BY_JIT:
+        trees.zip_leaves(online, state.params, NAMES)  # names the leaf
+        raise
 
 
 @partial(jax.jit, static_argnames="param_dtypes")
