@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from target_nets._src import checks, trees
 from target_nets._src.state import AVERAGE_ALL, COPY_ALL, SlowCopy
-from target_nets._src.tree_rules import TENSORS, add, move
+from target_nets._src.tree_rules import TENSORS, add, copy_if_due, move
 from target_nets._src.trees import PyTree, Tree
 
 __all__ = ["apply_updates", "incremental_update", "periodic_update"]
@@ -120,11 +120,9 @@ def periodic_update(
     """
     steps = checks.check_integer("steps", steps)
     update_period = checks.check_count("update_period", update_period)
-    if isinstance(steps, int) and isinstance(update_period, int):
-        if steps % update_period != 0:
-            trees.zip_leaves(new_tensors, old_tensors, TENSORS)
-            return old_tensors
-        slow = SlowCopy(trees.jit_argument(old_tensors))
-        return move(new_tensors, slow, COPY_ALL, TENSORS)[0].params
-    slow = SlowCopy(trees.jit_argument(old_tensors))
-    return move(new_tensors, slow, COPY_ALL, TENSORS, steps=steps, period=update_period)[0].params
+    if not (isinstance(steps, int) and isinstance(update_period, int)):
+        return copy_if_due(new_tensors, trees.jit_argument(old_tensors), steps, update_period)
+    if steps % update_period == 0:
+        return move(new_tensors, SlowCopy(trees.jit_argument(old_tensors)), COPY_ALL, TENSORS)[0].params
+    trees.zip_leaves(new_tensors, old_tensors, TENSORS)
+    return old_tensors

@@ -220,8 +220,8 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "step size a string": (lambda: EMATarget(START, "0.1"), TypeError, "step_size: .* got str"),
     "step size None": (lambda: EMATarget(START, None), TypeError, "step_size: .* got None"),
-    "step size a boolean": (lambda: EMATarget(START, True), TypeError, r"step_size: .* got bool\[\]"),
-    "step size complex": (lambda: EMATarget(START, 1j), TypeError, "step_size: .* got complex64"),
+    "step size a boolean": (lambda: EMATarget(START, True), TypeError, r"step_size: .* got True"),
+    "step size complex": (lambda: EMATarget(START, 1j), TypeError, "step_size: .* got 1j"),
     "step size a vector": (
         lambda: EMATarget(START, jnp.ones(3)),
         ValueError,
@@ -245,8 +245,8 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "update_period: .* 2147483648",
     ),
-    "period a float": (lambda: PeriodicTarget(START, 2.0), TypeError, "update_period: .* got float32"),
-    "period a boolean": (lambda: PeriodicTarget(START, True), TypeError, "update_period: .* got bool"),
+    "period a float": (lambda: PeriodicTarget(START, 2.0), TypeError, "update_period: .* got 2\.0"),
+    "period a boolean": (lambda: PeriodicTarget(START, True), TypeError, "update_period: .* got True"),
     "period a string": (lambda: PeriodicTarget(START, "2"), TypeError, "update_period: .* got str"),
     "period a vector": (
         lambda: PeriodicTarget(START, np.arange(3)),
@@ -256,7 +256,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "EMA period a float": (
         lambda: EMATarget(START, 0.1, update_period=2.0),
         TypeError,
-        "update_period: .* got float32",
+        "update_period: .* got 2\.0",
     ),
     "period None": (lambda: PeriodicTarget(START, None), TypeError, "update_period: .* got None"),
     "period a device array": (

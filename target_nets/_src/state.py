@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import attrs
 import jax
@@ -102,6 +102,12 @@ class State(NamedTuple):
     def slow(self) -> SlowCopy:
         """The arrays that an averaging replaces."""
         return SlowCopy(self.params, self.compensation)
+
+    def after(self, slow: SlowCopy, step: Count, skipped: Count | None) -> Self:
+        """Returns the state after an update."""
+        return self.__class__(
+            slow.params, step, skipped, slow.compensation, self.step_size, is_checked=True
+        )
 
 
 def compensation_leaves(slow: SlowCopy) -> list[jax.Array | None]:

@@ -13,7 +13,15 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from target_nets._src import arithmetic, checks, dtypes, placement, trees
-from target_nets._src.state import Count, Rule, Schedule, SlowCopy, compensation_leaves, next_count
+from target_nets._src.state import (
+    COPY_ALL,
+    Count,
+    Rule,
+    Schedule,
+    SlowCopy,
+    compensation_leaves,
+    next_count,
+)
 from target_nets._src.trees import Names, PyTree, Tree
 
 Result = TypeVar("Result")
@@ -28,8 +36,6 @@ def move(
     rule: Rule,
     names: Names,
     *,
-    steps: ArrayLike | None = None,
-    period: ArrayLike | None = None,
     skipped: Count | None = None,
     step_size: ArrayLike | None = None,
     n: Count | None = None,
@@ -42,8 +48,6 @@ def move(
       slow: The slow copy, of the same structure and shapes.
       rule: Which leaves to average, and the step size if it is a number or a schedule.
       names: What to call both trees in messages.
-      steps: The number of steps, if the device decides whether to do anything. None: it is due.
-      period: It is due if the number of steps is a multiple of this one.
       skipped: How many averagings were skipped so far, if nonfinite online parameters are to be skipped.
       step_size: The step size, if it is an array.
       n: How many averagings were due before this one, if the step size is a schedule.
@@ -52,70 +56,48 @@ def move(
     Returns:
       The new slow copy and the new count of skipped averagings.
     """
-    online = trees.jit_argument(online)
-    compiled = _donating_move if donate else _move
-    try:
-        return compiled(online, slow, steps, period, skipped, step_size, n, rule=rule, names=names)
-    except trees.REFUSED_BY_JIT:
-        trees.zip_leaves(online, slow.params, names)  # names the leaf
-        raise
+    online, compiled = trees.jit_argument(online), _donating_move if donate else _move
+    return trees.naming_leaves(
+        lambda: compiled(online, slow, skipped, step_size, n, rule=rule, names=names),
+        (online, slow.params),
+        names,
+    )
+
+
+def copy_if_due(new: PyTree, old: Tree, steps: ArrayLike, period: ArrayLike) -> Tree:
+    """Copies all leaves if the number of steps is a multiple of the period. The device decides."""
+    new = trees.jit_argument(new)
+    return trees.naming_leaves(lambda: _copy_if_due(new, old, steps, period), (new, old), TENSORS)
 
 
 def add(updates: PyTree, params: Tree) -> Tree:
     """Adds the updates to the parameters."""
     updates = trees.jit_argument(updates)
-    try:
-        return _add(updates, params)
-    except trees.REFUSED_BY_JIT:
-        trees.zip_leaves(updates, params, UPDATES)  # names the leaf
-        raise
+    return trees.naming_leaves(lambda: _add(updates, params), (updates, params), UPDATES)
 
 
 # What is compiled
-
-
-def _move_if_due(
-    online: PyTree,
-    slow: SlowCopy,
-    steps: jax.Array | None,
-    period: jax.Array | None,
-    skipped: jax.Array | None,
-    step_size: jax.Array | None,
-    n: jax.Array | None,
-    *,
-    rule: Rule,
-    names: Names,
-) -> tuple[SlowCopy, jax.Array | None]:
-    def due() -> tuple[SlowCopy, jax.Array | None]:
-        rate = _call_schedule(rule.step_size, n, skipped) if callable(rule.step_size) else rule.step_size
-        return _move_leaves(online, slow, skipped, step_size if rate is None else rate, rule, names)
-
-    if steps is None or period is None:
-        return due()
-    return lax.cond(steps % jnp.maximum(period, 1) == 0, due, lambda: (slow, skipped))
-
-
-def _call_schedule(schedule: Schedule, n: jax.Array | None, skipped: jax.Array | None) -> jax.Array:
-    """Returns the step size after the averagings that were done: those due less those skipped."""
-    assert n is not None
-    step_size = schedule(n if skipped is None else jnp.maximum(n - skipped, 0))
-    name, kinds = "step_size, as the schedule returned it", (dtypes.Kind.INTEGER, dtypes.Kind.FLOAT)
-    checks.check_scalar(name, step_size, "a real scalar", *kinds)
-    return jnp.asarray(step_size)
 
 
 def _move_leaves(
     online: PyTree,
     slow: SlowCopy,
     skipped: jax.Array | None,
-    step_size: ArrayLike | None,
+    step_size: jax.Array | None,
+    n: jax.Array,
+    *,
     rule: Rule,
     names: Names,
 ) -> tuple[SlowCopy, jax.Array | None]:
     pairs, treedef = trees.zip_leaves(online, slow.params, names)
     averaged = rule.averaged if isinstance(rule.averaged, tuple) else [rule.averaged] * len(pairs)
-    lerp = _trace_once(arithmetic.lerp, step_size)
-    compensated_lerp = _trace_once(arithmetic.compensated_lerp, step_size)
+    rate = rule.step_size if step_size is None else step_size
+    if callable(rate):
+        rate = _call_schedule(rate, n, skipped)
+    lerp, compensated_lerp = (
+        _trace_once(arithmetic.lerp, rate),
+        _trace_once(arithmetic.compensated_lerp, rate),
+    )
     finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
 
     moved: list[tuple[jax.Array, jax.Array | None]] = []
@@ -135,9 +117,24 @@ def _move_leaves(
 
     if skipped is not None and finite is not None:
         skipped = jnp.where(finite, skipped, next_count(skipped, 1))
-    params = treedef.unflatten([value for value, _ in moved])
-    has_errors = slow.compensation is not None
-    return SlowCopy(params, treedef.unflatten([e for _, e in moved]) if has_errors else None), skipped
+    errors = [error for _, error in moved]
+    compensation = None if slow.compensation is None else treedef.unflatten(errors)
+    return SlowCopy(treedef.unflatten([value for value, _ in moved]), compensation), skipped
+
+
+_move = jax.jit(_move_leaves, static_argnames=("rule", "names"))
+# A copy does not read the slow copy. Its memory is reused only if it stays an argument all the same.
+_donating_move = jax.jit(
+    _move_leaves, static_argnames=("rule", "names"), donate_argnames="slow", keep_unused=True
+)
+
+
+def _call_schedule(schedule: Schedule, n: jax.Array, skipped: jax.Array | None) -> jax.Array:
+    """Returns the step size after the averagings that were done: those due less those skipped."""
+    step_size = schedule(n if skipped is None else jnp.maximum(n - skipped, 0))
+    name, kinds = "step_size, as the schedule returned it", (dtypes.Kind.INTEGER, dtypes.Kind.FLOAT)
+    checks.check_scalar(name, step_size, "a real scalar", *kinds)
+    return jnp.asarray(step_size)
 
 
 def _trace_once(leaf_rule: Callable[..., Result], step_size: ArrayLike | None) -> Callable[..., Result]:
@@ -145,11 +142,10 @@ def _trace_once(leaf_rule: Callable[..., Result], step_size: ArrayLike | None) -
     return jax.jit(partial(leaf_rule, step_size=step_size))
 
 
-_move = jax.jit(_move_if_due, static_argnames=("rule", "names"))
-# A copy does not read the slow copy. Its memory is reused only if it stays an argument all the same.
-_donating_move = jax.jit(
-    _move_if_due, static_argnames=("rule", "names"), donate_argnames="slow", keep_unused=True
-)
+@jax.jit
+def _copy_if_due(new: PyTree, old: PyTree, steps: jax.Array, period: jax.Array) -> PyTree:
+    is_due = steps % jnp.maximum(period, 1) == 0
+    return lax.cond(is_due, lambda: move(new, SlowCopy(old), COPY_ALL, TENSORS)[0].params, lambda: old)
 
 
 @jax.jit

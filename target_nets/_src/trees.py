@@ -1,7 +1,7 @@
 """Trees and their leaves: how two trees are paired, and where they differ."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -18,11 +18,9 @@ TreeDef: TypeAlias = Any
 KeyPath: TypeAlias = tuple[Any, ...]
 Leaf: TypeAlias = Any  # whatever a user passes, before it is checked
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 _CONFIG: Any = jax.config  # its settings are missing from jax's annotations
-
-# What jit raises for an argument that it cannot convert, before it traces the function. It names no leaf.
-REFUSED_BY_JIT = (TypeError, OverflowError)
 
 
 class Names(NamedTuple):
@@ -48,6 +46,18 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
         if (error := find_misfit(x, y)) is not None:
             raise error(_mismatch(names, leaf_path(new, index), describe(x), describe(y))) from None
     return pairs, treedef
+
+
+def naming_leaves(call: Callable[[], Result], trees: tuple[PyTree, PyTree], names: Names) -> Result:
+    """Calls a compiled function with two trees, and names the leaf where jit refuses an argument.
+
+    jit converts its arguments before it traces the function, and its own errors give no key path.
+    """
+    try:
+        return call()
+    except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot hold
+        zip_leaves(*trees, names)
+        raise
 
 
 def jit_argument(tree: Tree) -> Tree:

@@ -25,11 +25,7 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
     online = trees.jit_argument(placement.place_as(online, state.params))
-    try:
-        return _distance(online, state.slow)
-    except trees.REFUSED_BY_JIT:
-        trees.zip_leaves(online, state.params, NAMES)  # names the leaf
-        raise
+    return trees.naming_leaves(lambda: _distance(online, state.slow), (online, state.params), NAMES)
 
 
 @partial(jax.jit, static_argnames="param_dtypes")
