@@ -31,7 +31,7 @@ def _uninterrupted() -> byol.Run:
     return byol.train(byol.Run(seed=3, epochs=EPOCHS))
 
 
-@pytest.mark.parametrize("stop", range(EPOCHS + 1))
+@pytest.mark.parametrize("stop", [0, 1, EPOCHS])
 def test_a_run_resumes_bit_for_bit_after_any_epoch(
     stop: int, uninterrupted: byol.Run, tmp_path: Path
 ) -> None:
@@ -75,22 +75,21 @@ def test_evaluation_changes_nothing() -> None:
     assert_same(trained_arrays(evaluated), trained_arrays(other))
 
 
-@pytest.mark.parametrize("number", [0, 2])
 def test_ctrl_c_finishes_the_epoch_and_the_run_resumes_bit_for_bit(
-    number: int, uninterrupted: byol.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: byol.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (byol.Run(seed=3, epochs=EPOCHS) for _ in range(2))
     train_step, calls = byol.train_step, itertools.count()
 
     def interrupted(*args: Any) -> jax.Array:
-        if next(calls) == 5 * number + 3:  # in the middle of an epoch
+        if next(calls) == 5 * 2 + 3:  # in the middle of the third epoch
             os.kill(os.getpid(), signal.SIGINT)
         return train_step(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(byol, "train_step", interrupted)
         byol.train(first, lambda: first.save(tmp_path / "byol.msgpack"))
-    assert len(first.losses) == number + 1
+    assert len(first.losses) == 3
     second.restore(tmp_path / "byol.msgpack")
     byol.train(second)
     assert_same(trained_arrays(second), trained_arrays(uninterrupted))

@@ -80,7 +80,7 @@ def damage_bytes(content: bytes, how: str, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("how", ["truncated", "duplicated", "cut", "flipped", "overwritten"])
 def test_damaged_bytes(kind: str, how: str) -> None:
     rng = random.Random(0)
-    for _ in range(1500):
+    for _ in range(1000):
         restore(TEMPLATES[kind], damage_bytes(SAVED[kind], how, rng))
 
 
@@ -127,7 +127,7 @@ def replace_part(node: Any, path: tuple[str, ...], value: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_any_value_in_place_of_any_part(kind: str, data: st.DataObject) -> None:
     state = serialization.msgpack_restore(SAVED[kind])
@@ -213,10 +213,10 @@ def test_harmful_bytes_are_refused_soon_and_in_little_memory(case: str) -> None:
     if linux := Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = process_memory("VmRSS")
-    start = time.perf_counter()
+    start = time.thread_time()  # other processes do not count
     with pytest.raises(DECODING):
         serialization.from_bytes(TEMPLATES["periodic"], content)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
     if linux:
         assert process_memory("VmHWM") - before < 1e8
     restore(TEMPLATES["periodic"], content)

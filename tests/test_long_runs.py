@@ -31,18 +31,18 @@ def assert_nothing_grows(trace_counter: Callable[[], Any]) -> Iterator[None]:
     assert not compiled
     assert len(jax.live_arrays()) <= arrays_before
     if on_linux:
-        assert process_memory("VmRSS") - memory_before < 4e6
+        assert process_memory("VmRSS") - memory_before < 3e6
 
 
 @pytest.mark.parametrize("kind", ["ema, schedule", "periodic"])
-def test_100_000_eager_updates(kind: str, trace_counter: Any) -> None:
+def test_50_000_eager_updates(kind: str, trace_counter: Any) -> None:
     target = MAKERS[kind](START)
     for _ in range(300):
         target.update(ONLINE)
     with assert_nothing_grows(trace_counter):
-        for _ in range(100_000):
+        for _ in range(50_000):
             target.update(ONLINE)
-    assert target.step == 100_300
+    assert target.step == 50_300
 
 
 @jax.jit

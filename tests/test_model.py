@@ -250,5 +250,5 @@ class Uses(RuleBasedStateMachine):
 def test_any_sequence_of_uses(kind: str) -> None:
     machine = type(Uses.__name__, (Uses,), {"kind": kind})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=15, stateful_step_count=15, deadline=None)
+        machine, settings=settings(max_examples=12, stateful_step_count=15, deadline=None)
     )

@@ -72,11 +72,15 @@ def test_vmapped_steps() -> None:
 def test_results_have_the_structure_and_dtypes_of_the_slow_tensors(tree: Any) -> None:
     online = perturb(tree)
     jax_tree = jax.tree.map(jnp.asarray, tree)
+
+    @jax.jit
+    def jitted(online: Any, slow: Any, step_size: jax.Array, steps: jax.Array) -> tuple[Any, Any]:
+        return incremental_update(online, slow, step_size), periodic_update(online, slow, steps, 2)
+
     for got in (
         incremental_update(online, tree, 0.3),
-        jax.jit(incremental_update)(online, tree, jnp.float32(0.3)),
         periodic_update(online, tree, 4, 2),
-        jax.jit(periodic_update)(online, tree, 4, 2),
+        *jitted(online, tree, jnp.float32(0.3), jnp.int32(4)),
     ):
         assert jax.tree.structure(got) == jax.tree.structure(tree)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(jax_tree), strict=True):

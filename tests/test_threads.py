@@ -65,7 +65,7 @@ def read_while_learning(target: Any, updates: int, read: Callable[[Any], Any]) -
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_every_read_is_a_complete_slow_copy(kind: str) -> None:
-    updates = 10_000 if kind in ("ema", "periodic") else 1_000
+    updates = 5_000 if kind in ("ema", "periodic") else 1_000
     alone = TARGETS[kind](START)
     known = {bits(alone.params)} | {bits(t.params) for t in learn(alone, updates)}
     for reads in read_while_learning(TARGETS[kind](START), updates, lambda target: bits(target.params)):
