@@ -245,7 +245,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "update_period: .* 2147483648",
     ),
-    "period a float": (lambda: PeriodicTarget(START, 2.0), TypeError, "update_period: .* got 2\.0"),
+    "period a float": (lambda: PeriodicTarget(START, 2.0), TypeError, r"update_period: .* got 2\.0"),
     "period a boolean": (lambda: PeriodicTarget(START, True), TypeError, "update_period: .* got True"),
     "period a string": (lambda: PeriodicTarget(START, "2"), TypeError, "update_period: .* got str"),
     "period a vector": (
@@ -256,7 +256,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "EMA period a float": (
         lambda: EMATarget(START, 0.1, update_period=2.0),
         TypeError,
-        "update_period: .* got 2\.0",
+        r"update_period: .* got 2\.0",
     ),
     "period None": (lambda: PeriodicTarget(START, None), TypeError, "update_period: .* got None"),
     "period a device array": (

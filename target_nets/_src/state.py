@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 import jax
@@ -103,11 +103,9 @@ class State(NamedTuple):
         """The arrays that an averaging replaces."""
         return SlowCopy(self.params, self.compensation)
 
-    def after(self, slow: SlowCopy, step: Count, skipped: Count | None) -> Self:
+    def after(self, slow: SlowCopy, step: Count, skipped: Count | None) -> "State":
         """Returns the state after an update."""
-        return self.__class__(
-            slow.params, step, skipped, slow.compensation, self.step_size, is_checked=True
-        )
+        return State(slow.params, step, skipped, slow.compensation, self.step_size, True)
 
 
 def compensation_leaves(slow: SlowCopy) -> list[jax.Array | None]:

@@ -66,8 +66,10 @@ def jit_argument(tree: Tree) -> Tree:
     NumPy arrays are copied, since jax may read them after the call has returned, or share their memory.
     With jit disabled all leaves become jax arrays, as jit itself would make them.
     """
-    if any(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
-        tree = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, np.ndarray):
+            tree = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+            break
     return jax.tree.map(jnp.asarray, tree) if _CONFIG.jax_disable_jit else tree
 
 

@@ -25,7 +25,7 @@ def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -
     rule, period, slow, skipped = settings.rule, settings.update_period, state.slow, state.skipped
     if isinstance(state.step, Tracer):
         step = states.next_count(state.step, period)
-        average = partial(_move, state, online, rule, n=step // period - 1)
+        average = partial(_move, state, online, rule, step // period - 1, donate)
         if period == 1:
             slow, skipped = average()
         else:
@@ -34,8 +34,9 @@ def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -
     # A step that has been through jit is on the device. Reading it in Python waits for it, once.
     step = states.next_count(int(state.step), period)
     if step % period == 0:
-        n = states.host_count(step // period - 1)
-        slow, skipped = _move(state, online, rule, n=n, donate=donate)
+        # Only schedules need n. In eager Python it is a transfer to the device.
+        n = states.host_count(step // period - 1) if callable(rule.step_size) else None
+        slow, skipped = _move(state, online, rule, n, donate)
     elif not state.is_checked:
         trees.zip_leaves(online, slow.params, NAMES)
     return state.after(slow, states.host_count(step), skipped)
@@ -44,18 +45,23 @@ def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -
 def sync(state: State, online: PyTree, *, donate: bool) -> State:
     """Returns the state after a copy of all leaves. The counters stay as they are."""
     states.check_is_not_abstract(state, "sync")
-    slow, _ = _move(state._replace(skipped=None), online, COPY_ALL, donate=donate)
+    slow, _ = _move(state._replace(skipped=None), online, COPY_ALL, None, donate)
     return state.after(slow, state.step, state.skipped)
 
 
 def _move(
-    state: State, online: PyTree, rule: Rule, *, n: Count | None = None, donate: bool = False
+    state: State, online: PyTree, rule: Rule, n: Count | None, donate: bool
 ) -> tuple[SlowCopy, Count | None]:
     """Applies the rule where the slow copy is, and leaves the results there."""
     online, slow = placement.place_as(online, state.params), state.slow
-    n = n if callable(rule.step_size) else None  # in eager Python it is sent to the device
-    donate = donate and trace.is_eager()
     after, skipped = move(
-        online, slow, rule, NAMES, skipped=state.skipped, step_size=state.step_size, n=n, donate=donate
+        online,
+        slow,
+        rule,
+        NAMES,
+        skipped=state.skipped,
+        step_size=state.step_size,
+        n=n,
+        donate=donate and trace.is_eager(),
     )
     return placement.link_shardings(after, slow), skipped
