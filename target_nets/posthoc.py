@@ -1,14 +1,15 @@
-"""Averages whose length is chosen when training is over.
+"""Averages whose length is chosen after training.
 
-`schedules.power_function` weights the iterates of a run of length t by a profile, tau ** gamma over
-[0, t]. From snapshots of two such averages, a few dozen in all, `reconstruct` makes the average of any
-other length: the weighted sum of the snapshots whose profile is closest to the one asked for.
+`schedules.power_function` weights the iterate at time tau of a run of length t in proportion to tau **
+gamma. The weights as a function of tau are called the profile of the average. From a few dozen snapshots
+of two such averages, `reconstruct` makes an average of any other length: the weighted sum of the
+snapshots whose profile is closest to the one that is asked for.
 
-The iterates are discrete and the profiles are not, but that costs nothing: the average of the iterates
-is exactly that of a path which stays at each of them for one unit of time.
+Profiles are functions of continuous time, and iterates are discrete. This makes no error: the average of
+the iterates is the average over a path that stays at each iterate for one unit of time.
 
 Example:
-  Two targets are all it takes while training:
+  During training, keep two targets:
 
   >>> import jax.numpy as jnp
   >>> from flax import serialization
@@ -23,7 +24,7 @@ Example:
   ...         if target.update(params).step % 6 == 0:
   ...             saved[int(target.step), length.gamma] = serialization.to_bytes(target)
 
-  A resumed run writes the same bytes again. Afterwards the snapshots are loaded one by one:
+  Afterwards, load the snapshots one by one:
 
   >>> def load(key):
   ...     return serialization.from_bytes(targets[0], saved[key]).params
@@ -55,21 +56,23 @@ _LARGEST_ERROR = 0.1
 def solve_weights(
     steps: ArrayLike, gammas: ArrayLike, target_step: ArrayLike, target_gamma: ArrayLike
 ) -> Vector:
-    """The weights of the snapshots whose sum has the profile closest to another one, in the L2 norm.
+    """Returns the weights of snapshots whose profiles sum to the closest fit of another profile.
 
     Args:
-      steps: When the snapshots were taken, of shape (N,), above 0: the number of averagings, or anything
-        in proportion to it.
-      gammas: The powers of their averages, of shape (N,), at least 0.
-      target_step: When the average asked for ends, in the unit of `steps`, at most the last of them.
-      target_gamma: Its power, at least 0.
+      steps: When the snapshots were taken, of shape (N,), positive: the number of averagings, or
+        anything in proportion to it.
+      gammas: The gammas of the averages, of shape (N,), at least 0.
+      target_step: When the average that is asked for ends, in the unit of `steps` and at most the last
+        of them.
+      target_gamma: The gamma of that average, at least 0.
 
     Returns:
-      The weights, float64 of shape (N,). They sum to 1 as nearly as the profile is met.
+      The weights, float64 of shape (N,), with the smallest error in the L2 norm. The closer the fit, the
+      closer is their sum to 1.
 
     Raises:
-      TypeError, ValueError: An argument is of the wrong type or shape or out of range, there are fewer
-        than two snapshots, or two of the same step and power.
+      TypeError, ValueError: An argument has the wrong type or shape or is out of range, there are fewer
+        than two snapshots, or two snapshots have the same step and gamma.
 
     References:
       Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024 (EDM2),
@@ -83,11 +86,7 @@ def solve_weights(
     """
     steps, gammas = _check_profiles(steps, gammas)
     end = _check_end("target_step", target_step, steps)
-    gamma = _check_numbers("target_gamma", target_gamma, 0, ndim=0)
-    cosines, norms = _geometry(np.append(steps, end), np.append(gammas, gamma))
-    # Profiles that all but coincide share a weight: by themselves theirs would be huge, of either sign.
-    unit, *_ = np.linalg.lstsq(cosines[:-1, :-1], cosines[:-1, -1], rcond=1e-10)
-    return unit * norms[-1] / norms[:-1]
+    return _solve(steps, gammas, end, _check_numbers("target_gamma", target_gamma, 0, ndim=0))[0]
 
 
 def reconstruct(
@@ -97,33 +96,35 @@ def reconstruct(
     sigma_rel: float | None = None,
     step: ArrayLike | None = None,
 ) -> P:
-    """The average of any length, from snapshots of averages of two lengths or more.
+    """Returns an average of any length, from snapshots of averages of two lengths or more.
 
-    The weights are those of `solve_weights`, divided by their sum, so that what stands still while
-    training comes out as it is. The arithmetic is NumPy's in float64, on the host. It holds the sum and
-    one snapshot at a time. The rounding of the snapshots themselves, as of a bfloat16 model, grows by
-    the norm of the weights: about 1 between the stored lengths and above, 10 and more far below.
+    The weights are those of `solve_weights`, divided by their sum, so that a parameter that never
+    changes keeps its value. NumPy computes the sum in float64, on the host. If each snapshot is loaded
+    by a function, only one is in memory at a time. Rounding errors of the snapshots, as of a bfloat16
+    model, are multiplied by the norm of the weights. This is about 1 for lengths between the stored ones
+    and above, and 10 or more for much shorter ones.
 
     Args:
-      snapshots: Each a step, a gamma and parameters: the number of averagings when it was taken
-        (`target.step`; with an update period, at a multiple of it), the power of its schedule
-        (`power_function.gamma`), and `target.params`, or a function without arguments that loads them.
-      gamma: The power of the average asked for, or
-      sigma_rel: its width relative to the run, as in `schedules.power_function`.
-      step: Where it ends: at a step of a snapshot, since between two it is hardly ever met. None: at the
-        last one.
+      snapshots: Tuples of a step, a gamma, and parameters or a function without arguments that loads
+        them. The step is the number of averagings when the snapshot was taken: `target.step`, or with an
+        update period a multiple of it. The gamma is that of the schedule, `power_function.gamma`. The
+        parameters are `target.params`.
+      gamma: The gamma of the average that is asked for. Give either this or `sigma_rel`.
+      sigma_rel: Its width relative to the length of the run, as in `schedules.power_function`.
+      step: When the average ends. It should be the step of a snapshot, since between two snapshots there
+        is hardly ever a close fit. None: the last snapshot.
 
     Returns:
-      The parameters, with the structure, shapes, dtypes and placement of the first snapshot's, as jax
-      arrays. Integers, booleans and PRNG keys are those of the snapshot that is nearest to `step`.
-      Leaves that a mask kept from being averaged are summed like any other, and mean nothing.
+      The parameters as jax arrays, with the structure, shapes, dtypes and shardings of the first
+      snapshot. Integers, booleans and PRNG keys are those of the snapshot nearest to `step`. Leaves that
+      a mask has excluded from averaging are summed, too, and have no meaning.
 
     Raises:
-      ValueError: There are fewer than two snapshots, two of the same step and gamma, or trees that
-        differ; not one of gamma and sigma_rel is given; or the snapshots do not span this length: the
-        closest profile is off by more than a tenth, in the L2 norm. For iterates with independent noise
-        that is the error over the noise which the average itself has left.
-      TypeError: An argument is of the wrong type, or a leaf is no array.
+      ValueError: There are fewer than two snapshots, two with the same step and gamma, or trees that
+        differ. Or not exactly one of `gamma` and `sigma_rel` is given. Or the snapshots do not span this
+        length: the error of the closest profile is more than a tenth, in the L2 norm. If the noise of
+        the iterates is independent, that is a tenth of the noise that the average itself has.
+      TypeError: An argument has the wrong type, or a leaf is not an array.
 
     References:
       Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024 (EDM2),
@@ -153,11 +154,17 @@ def reconstruct(
     steps, gammas = _check_profiles([x[0] for x in stored], [x[1] for x in stored])
     end = _check_end("step", steps.max() if step is None else step, steps)
     gamma = schedules.power_function(gamma=gamma, sigma_rel=sigma_rel).gamma
-    weights = solve_weights(steps, gammas, end, gamma)
-    _check_error(weights, steps, gammas, end, gamma)
-    nearest = np.argmin(np.abs(steps - end))
-    total = _WeightedSum()
-    with np.errstate(over="ignore", invalid="ignore"):  # inf and nan stay what they are
+    weights, error = _solve(steps, gammas, end, gamma)
+    if error > _LARGEST_ERROR:
+        width, shortest, longest = map(schedules.sigma_rel_of, (gamma, gammas.max(), gammas.min()))
+        raise ValueError(
+            f"snapshots: they do not span an average of sigma_rel {width:.3g} (gamma {gamma:.4g}) that "
+            f"ends at step {end:g}: the closest profile is off by {error:.0%}, more than "
+            f"{_LARGEST_ERROR:.0%}. They are {steps.size} of sigma_rel {shortest:.3g} to {longest:.3g} "
+            f"at steps {steps.min():g} to {steps.max():g}{'' if end in steps else f', not at {end:g}'}"
+        )
+    nearest, total = np.argmin(np.abs(steps - end)), _WeightedSum()
+    with np.errstate(over="ignore", invalid="ignore"):  # inf and nan are passed on without a warning
         for index, weight in enumerate(weights / weights.sum()):
             total.add(weight, stored[index][2], index, is_nearest=bool(index == nearest))
         return total.result()
@@ -168,9 +175,9 @@ class _WeightedSum:
     """A weighted sum of trees, in float64 on the host.
 
     Attributes:
-      template: The first tree, with arrays that take no memory.
-      shardings: Where its arrays are, leaf by leaf.
-      sums: The sums of inexact leaves so far, and the other leaves of the nearest snapshot.
+      template: The first tree, with placeholders that take no memory.
+      shardings: The sharding of each of its leaves.
+      sums: For each leaf the sum so far or, if it is not inexact, its value in the nearest snapshot.
     """
 
     template: Any = None
@@ -178,8 +185,8 @@ class _WeightedSum:
     sums: list[Any] = attrs.field(factory=list)
 
     def add(self, weight: float, params: Any, index: int, *, is_nearest: bool) -> None:
-        """Adds the parameters of a snapshot, or those that a function loads."""
-        # A module may be callable, too, but it is a node.
+        """Adds the parameters of a snapshot, which may be a function that loads them."""
+        # A module may be callable, too. It is a node, and a function is a leaf.
         tree = params() if callable(params) and trees.is_leaf(params) else params
         if self.template is None:
             trees.check_arrays(tree, f"snapshots[{index}]")
@@ -205,6 +212,7 @@ class _WeightedSum:
 
 
 def _without_memory(x: Any) -> Any:
+    """Returns a placeholder with the shape and dtype of a leaf. A PRNG key is small and stays."""
     known = trees.array_type(x)
     return x if dtypes.is_key(known.dtype) else np.broadcast_to(np.zeros((), known.dtype), known.shape)
 
@@ -212,30 +220,27 @@ def _without_memory(x: Any) -> Any:
 # The profiles
 
 
-def _geometry(steps: Vector, gammas: Vector) -> tuple[Vector, Vector]:
-    """Of profiles (gamma + 1) tau ** gamma / t ** (gamma + 1) on [0, t], as vectors in L2.
+def _solve(steps: Vector, gammas: Vector, end: Vector, gamma: Vector | float) -> tuple[Vector, float]:
+    """Returns the weights with the closest fit, and its relative error in the L2 norm."""
+    cosines, norms = _geometry(np.append(steps, end), np.append(gammas, gamma))
+    # With rcond, profiles that are almost equal share a weight. Without it their weights would be huge,
+    # with opposite signs.
+    unit, *_ = np.linalg.lstsq(cosines[:-1, :-1], cosines[:-1, -1], rcond=1e-10)
+    difference = np.append(unit, -1)
+    error = np.sqrt(max(difference @ cosines @ difference, 0))
+    return unit * norms[-1] / norms[:-1], float(error)
 
-    The cosines of their angles, of shape (N, N), and their norms, of shape (N,). No power of t itself
-    is taken, which would overflow.
+
+def _geometry(steps: Vector, gammas: Vector) -> tuple[Vector, Vector]:
+    """Returns the cosines between profiles as vectors in L2, of shape (N, N), and their norms, (N,).
+
+    The profiles are `(gamma + 1) * tau ** gamma / t ** (gamma + 1)` on [0, t]. Only powers of ratios are
+    taken, since powers of t would overflow.
     """
     t, s, g, h = steps[:, None], steps, gammas[:, None], gammas
     cosines = np.sqrt((2 * g + 1) * (2 * h + 1)) / (g + h + 1)
     cosines *= (np.minimum(t, s) / np.maximum(t, s)) ** (np.where(t > s, g, h) + 0.5)
     return cosines, (gammas + 1) / np.sqrt((2 * gammas + 1) * steps)
-
-
-def _check_error(weights: Vector, steps: Vector, gammas: Vector, end: Vector, gamma: float) -> None:
-    cosines, norms = _geometry(np.append(steps, end), np.append(gammas, gamma))
-    difference = np.append(weights, -1) * norms / norms[-1]
-    error = np.sqrt(max(difference @ cosines @ difference, 0))
-    if error > _LARGEST_ERROR:
-        width, shortest, longest = map(schedules.sigma_rel_of, (gamma, gammas.max(), gammas.min()))
-        raise ValueError(
-            f"snapshots: they do not span an average of sigma_rel {width:.3g} (gamma {gamma:.4g}) that "
-            f"ends at step {end:g}: the closest profile is off by {error:.0%}, more than "
-            f"{_LARGEST_ERROR:.0%}. They are {steps.size} of sigma_rel {shortest:.3g} to {longest:.3g} "
-            f"at steps {steps.min():g} to {steps.max():g}{'' if end in steps else f', not at {end:g}'}"
-        )
 
 
 def _check_profiles(steps: ArrayLike, gammas: ArrayLike) -> tuple[Vector, Vector]:
@@ -252,7 +257,7 @@ def _check_profiles(steps: ArrayLike, gammas: ArrayLike) -> tuple[Vector, Vector
         if (first := seen.setdefault(profile, index)) != index:
             step, gamma = profile
             raise ValueError(
-                f"snapshots: numbers {first} and {index} are both of step {step:g} and gamma {gamma:g}"
+                f"snapshots: numbers {first} and {index} both have step {step:g} and gamma {gamma:g}"
             )
     return steps, gammas
 

@@ -1,16 +1,18 @@
-"""Schedules: every averaging scheme is the same rule with another step size.
+"""Schedules: every averaging scheme is the same rule with other step sizes.
 
-A schedule is a callable of n, the number of averagings done before this one (0 at the first; skipped
-ones do not count), that returns the step size, 1 - decay. Those here are plain values: hashable,
-picklable, and equal when their settings are equal, so that an equal one compiles nothing again. n may be
-a number or an array, traced or not; the result is float32 (float64 with `jax_enable_x64`), accurate at
-any n.
+A schedule is a callable. Its argument n is the number of averagings before this one, without those that
+were skipped; it is 0 at the first averaging. It returns the step size, which is 1 - decay. The schedules
+of this module are hashable and picklable. They are equal if their arguments are equal, and then nothing
+is compiled again. n may be a number or an array, traced or not. The result is float32, or float64 with
+`jax_enable_x64`, and it is accurate at any n.
 
-The weight that an average gives to a past iterate is the step size at that iterate times
-(1 - step size) at every one since.
+The weight of a past iterate in the average is the step size at that iterate, times the product of (1 -
+step size) over all averagings since.
+
+The classes have lowercase names because they are called like optax's functions.
 
 Example:
-  optax's schedules are callables of the same kind. A copy until step 1,000, then an average:
+  optax's schedules can be used, too. This one copies in the first 1,000 averagings and then averages:
 
   >>> import optax
   >>> from target_nets import EMATarget, schedules
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from target_nets._src.checks import check_number, check_python_count
+from target_nets._src.checks import count_converter, number_converter
 
 __all__ = [
     "bias_corrected",
@@ -53,14 +55,14 @@ class cosine:
     """From `base_step_size` down to 0 after `total_steps`, along half a cosine.
 
     The step size at n is `base_step_size * (cos(pi * min(n, total_steps) / total_steps) + 1) / 2`. It is
-    1 - tau of BYOL, where tau goes from 0.996 (a base step size of 0.004) up to 1.
+    BYOL's schedule of 1 - tau. There tau rises from 0.996, a base step size of 0.004, to 1.
 
     Args:
       base_step_size: The step size at n = 0, in [0, 1].
-      total_steps: How many averagings until 0, an integer from 1.
+      total_steps: The number of averagings until the step size is 0, an integer from 1 to 2**31-1.
 
     Raises:
-      TypeError, ValueError: A setting is of the wrong type or out of range.
+      TypeError, ValueError: An argument has the wrong type or is out of range.
 
     References:
       Grill et al., "Bootstrap your own latent", 2020, section 3.3.
@@ -71,34 +73,35 @@ class cosine:
       [0.004, 0.002, 0.0, 0.0]
     """
 
-    base_step_size: float = attrs.field(converter=check_number("base_step_size", 0, 1))
-    total_steps: int = attrs.field(converter=check_python_count("total_steps"))
+    base_step_size: float = attrs.field(converter=number_converter("base_step_size", 0, 1))
+    total_steps: int = attrs.field(converter=count_converter("total_steps"))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
-        """The step size of the averaging after n others."""
+        """Returns the step size of the averaging after n others."""
         left = jnp.maximum(self.total_steps - _float(n), 0) / self.total_steps
-        return self.base_step_size * jnp.sin(math.pi / 2 * left) ** 2  # cos + 1 would cancel at the end
+        return self.base_step_size * jnp.sin(math.pi / 2 * left) ** 2  # (cos + 1) / 2 would cancel here
 
 
 @attrs.frozen
 class inverse_power:
-    """A warm-up: a copy at first, then step sizes that fall as a power of n.
+    """A warm-up: the first averaging copies, and then the step size falls as a power of n.
 
-    The step size is 1 at n = 0 and then `(1 + n / inv_gamma) ** -power`, kept within
+    The step size is 1 at n = 0. After that it is `(1 + n / inv_gamma) ** -power`, clipped to
     [`min_step_size`, `max_step_size`].
 
     Args:
-      inv_gamma: How many averagings the warm-up takes to get going, above 0.
-      power: How fast the step size falls, at least 0: 2/3 for a million averagings and more, 3/4 for
-        fewer, 1 for the mean of all iterates.
-      min_step_size: Where it ends, in [0, 1]: 1 - the largest decay.
-      max_step_size: The largest after the first, in [0, 1].
+      inv_gamma: The length of the warm-up, in averagings, in [1e-30, 1e30]. At n = inv_gamma the step
+        size has fallen to `2 ** -power`.
+      power: How fast the step size falls, in [0, 1e30]. Crowson's advice is 2/3 for a million averagings
+        and more, and 3/4 for fewer. A power of 1 gives the mean of all iterates.
+      min_step_size: The smallest step size, in [0, 1]. It is 1 - the largest decay.
+      max_step_size: The largest step size after the first averaging, in [0, 1].
 
     Raises:
-      TypeError, ValueError: A setting is of the wrong type or out of range.
+      TypeError, ValueError: An argument has the wrong type or is out of range.
 
     References:
-      The warm-up of ema-pytorch, timm and diffusers, after Katherine Crowson.
+      The warm-up of ema-pytorch, timm and diffusers, which Katherine Crowson has introduced.
 
     Example:
       >>> schedule = inverse_power(min_step_size=0.01)
@@ -106,20 +109,18 @@ class inverse_power:
       [1.0, 0.25, 0.1111, 0.01]
     """
 
-    inv_gamma: float = attrs.field(default=1.0, converter=check_number("inv_gamma", 1e-30, 1e30))
-    power: float = attrs.field(default=2 / 3, converter=check_number("power", 0, 1e30))
-    min_step_size: float = attrs.field(default=1e-4, converter=check_number("min_step_size", 0, 1))
-    max_step_size: float = attrs.field(default=1.0, converter=check_number("max_step_size", 0, 1))
+    inv_gamma: float = attrs.field(default=1.0, converter=number_converter("inv_gamma", 1e-30, 1e30))
+    power: float = attrs.field(default=2 / 3, converter=number_converter("power", 0, 1e30))
+    min_step_size: float = attrs.field(default=1e-4, converter=number_converter("min_step_size", 0, 1))
+    max_step_size: float = attrs.field(default=1.0, converter=number_converter("max_step_size", 0, 1))
 
     def __attrs_post_init__(self) -> None:
         if self.min_step_size > self.max_step_size:
-            raise ValueError(
-                f"min_step_size: expected at most max_step_size={self.max_step_size}, "
-                f"got {self.min_step_size}"
-            )
+            most = f"max_step_size={self.max_step_size}"
+            raise ValueError(f"min_step_size: expected at most {most}, got {self.min_step_size}")
 
     def __call__(self, n: ArrayLike) -> jax.Array:
-        """The step size of the averaging after n others."""
+        """Returns the step size of the averaging after n others."""
         n = _float(n)
         falling = jnp.exp(-self.power * jnp.log1p(n / self.inv_gamma))
         return jnp.where(n > 0, jnp.clip(falling, self.min_step_size, self.max_step_size), 1)
@@ -127,13 +128,13 @@ class inverse_power:
 
 @attrs.frozen
 class ramp:
-    """A short warm-up: 9 / (10 + n), until that is below `min_step_size`.
+    """A short warm-up: the larger of 9 / (10 + n) and `min_step_size`.
 
     Args:
-      min_step_size: Where it ends, in [0, 1]: 1 - decay.
+      min_step_size: The smallest step size, in [0, 1]. It is 1 - the largest decay.
 
     Raises:
-      TypeError, ValueError: The setting is of the wrong type or out of range.
+      TypeError, ValueError: The argument has the wrong type or is out of range.
 
     References:
       TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`.
@@ -144,16 +145,16 @@ class ramp:
       [0.9, 0.1, 0.01]
     """
 
-    min_step_size: float = attrs.field(converter=check_number("min_step_size", 0, 1))
+    min_step_size: float = attrs.field(converter=number_converter("min_step_size", 0, 1))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
-        """The step size of the averaging after n others."""
+        """Returns the step size of the averaging after n others."""
         return jnp.maximum(self.min_step_size, 9 / (10 + _float(n)))
 
 
 @attrs.frozen
 class uniform:
-    """The plain mean of all iterates: 1 / (n + 1).
+    """The mean of all iterates: the step size at n is 1 / (n + 1).
 
     References:
       Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; Izmailov et
@@ -169,23 +170,23 @@ class uniform:
     """
 
     def __call__(self, n: ArrayLike) -> jax.Array:
-        """The step size of the averaging after n others."""
+        """Returns the step size of the averaging after n others."""
         return 1 / (_float(n) + 1)
 
 
 @attrs.frozen
 class bias_corrected:
-    """A moving average that forgets its start, as Adam's moments do.
+    """A moving average without a bias towards its start, as Adam's moments are.
 
-    The step size at n is `step_size / (1 - (1 - step_size) ** (n + 1))`: 1 at first, `step_size` in the
-    end. The slow copy is that of a constant `step_size` from a start of zeros, divided by the sum of its
-    weights.
+    The step size at n is `step_size / (1 - (1 - step_size) ** (n + 1))`. It is 1 at first and falls to
+    `step_size`. The slow copy equals the average with a constant `step_size` that starts at zero,
+    divided by the sum of its weights.
 
     Args:
-      step_size: The step size in the end, in [1e-30, 1].
+      step_size: The limit of the step size, in [1e-30, 1].
 
     Raises:
-      TypeError, ValueError: The setting is of the wrong type or out of range.
+      TypeError, ValueError: The argument has the wrong type or is out of range.
 
     References:
       Kingma and Ba, "Adam: a method for stochastic optimization", 2015, section 3.
@@ -196,29 +197,31 @@ class bias_corrected:
       [1.0, 0.5263, 0.1535, 0.1]
     """
 
-    step_size: float = attrs.field(converter=check_number("step_size", 1e-30, 1))
+    step_size: float = attrs.field(converter=number_converter("step_size", 1e-30, 1))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
-        """The step size of the averaging after n others."""
+        """Returns the step size of the averaging after n others."""
         n = _float(n)
-        log_decay = math.log1p(-self.step_size) if self.step_size < 1 else -1e3
+        log_decay = math.log1p(-self.step_size) if self.step_size < 1 else -1e3  # exp(-1e3) is 0
         return jnp.where(n > 0, self.step_size / -jnp.expm1((n + 1) * log_decay), 1)
 
 
 @attrs.frozen(init=False)
 class power_function:
-    """An average over a constant fraction of the run so far, however long it is.
+    """An average over a constant fraction of the run so far, whatever the length of the run.
 
-    The step size at n is `1 - (1 - 1 / (n + 1)) ** (gamma + 1)`: iterate i is weighted as i ** gamma.
-    One of the two settings is given.
+    The step size at n is `1 - (1 - 1 / (n + 1)) ** (gamma + 1)`. Then the weight of iterate i is in
+    proportion to `i ** gamma`. Give exactly one of the two arguments.
 
     Args:
-      gamma: The power, at least 0: 0 is the mean of all iterates, larger is shorter.
-      sigma_rel: The width of the average relative to the run, in [1e-6, 0.2887], instead of gamma: 0.05
-        and 0.10 in the paper.
+      gamma: The power, in [0, 1e30]. 0 gives the mean of all iterates. The larger it is, the more the
+        average is one of the last iterates.
+      sigma_rel: The width of the average relative to the length of the run, in [1e-6, 0.2887]: the
+        standard deviation of its weights. The paper uses 0.05 and 0.10.
 
     Raises:
-      TypeError, ValueError: Not one setting is given, or it is of the wrong type or out of range.
+      ValueError: Not exactly one argument is given, or it is out of range.
+      TypeError: The argument is not a number.
 
     References:
       Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024 (EDM2),
@@ -233,7 +236,7 @@ class power_function:
     """
 
     gamma: float = attrs.field(
-        converter=check_number("gamma", 0, 1e30), repr=lambda gamma: f"{gamma:.7g}"
+        converter=number_converter("gamma", 0, 1e30), repr=lambda gamma: f"{gamma:.7g}"
     )
 
     if TYPE_CHECKING:
@@ -248,23 +251,24 @@ class power_function:
         self.__attrs_init__(gamma if sigma_rel is None else gamma_of(sigma_rel))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
-        """The step size of the averaging after n others."""
+        """Returns the step size of the averaging after n others."""
         n = _float(n)
         later = -jnp.expm1((self.gamma + 1) * jnp.log1p(-1 / (jnp.maximum(n, 1) + 1)))
         return jnp.where(n > 0, later, 1)
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The power of the `power_function` whose average has the width `sigma_rel`.
+    """Returns the gamma of the `power_function` whose average has the width `sigma_rel`.
 
     Args:
-      sigma_rel: The standard deviation of its profile relative to the run, in [1e-6, 0.2887].
+      sigma_rel: The standard deviation of the weights relative to the length of the run, in [1e-6,
+      0.2887].
 
     Returns:
       gamma, at least 0.
 
     Raises:
-      TypeError, ValueError: The width is no number or out of range.
+      TypeError, ValueError: The width is not a number or is out of range.
 
     References:
       Karras et al., 2024 (EDM2), appendix C.1.
@@ -273,21 +277,23 @@ def gamma_of(sigma_rel: float) -> float:
       >>> round(gamma_of(0.1), 2)
       6.94
     """
-    t = check_number("sigma_rel", 1e-6, 0.2887)(sigma_rel) ** -2  # the widest, of all iterates: 12**-0.5
+    # 0.2887 is 12**-0.5, the width of the mean of all iterates. With t = sigma_rel**-2 the equation is
+    # (gamma + 2)**2 * (gamma + 3) == t * (gamma + 1).
+    t = number_converter("sigma_rel", 1e-6, 0.2887)(sigma_rel) ** -2
     return max(0.0, float(np.roots([1, 7, 16 - t, 12 - t]).real.max()))
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """The width of the average of the `power_function` of the power `gamma`; undoes `gamma_of`.
+    """Returns the width of the average of `power_function(gamma)`: the inverse of `gamma_of`.
 
     Args:
-      gamma: The power, at least 0.
+      gamma: The power, in [0, 1e30].
 
     Returns:
-      The standard deviation of its profile relative to the run, at most 12**-0.5.
+      The standard deviation of the weights relative to the length of the run, at most 12**-0.5.
 
     Raises:
-      TypeError, ValueError: The power is no number or out of range.
+      TypeError, ValueError: The power is not a number or is out of range.
 
     References:
       Karras et al., 2024 (EDM2), appendix C.1.
@@ -296,5 +302,5 @@ def sigma_rel_of(gamma: float) -> float:
       >>> round(sigma_rel_of(6.94), 3)
       0.1
     """
-    gamma = check_number("gamma", 0, 1e30)(gamma)
+    gamma = number_converter("gamma", 0, 1e30)(gamma)
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)

@@ -3,16 +3,16 @@
 Importing the package registers both classes. Then `to_state_dict`, `from_state_dict`, `to_bytes` and
 `from_bytes` of flax take a target, alone or anywhere inside a state such as a `TrainState`.
 
-The state dict is `{"step": int, "params": nested dict}`: what changes while training. With
-`skip_nonfinite` it also holds `skipped`, an integer. With `compensated` it also holds `compensation`,
-nested as `params` is. `params` is the slow copy in the dtypes that it is stored in, with PRNG keys as
-their data. `to_state_dict(target.params)` is what loads into a model. Settings are code and are not
-saved: class, settings, dtypes and shardings are those of the target that is restored into.
+The state dict holds what changes during training, `{"step": int, "params": nested dict}`. With
+`skip_nonfinite` it also holds `skipped`, an integer. With `compensated` it also holds `compensation`, a
+nested dict like `params`. `params` is the slow copy in its storage dtypes. PRNG keys are saved as their
+key data. To load the slow copy into a model, save `to_state_dict(target.params)`. Settings are not
+saved: the restored target has the class, settings, dtypes and shardings of the target that it is
+restored into.
 
-A state dict that does not fit raises a ValueError. Bytes that cannot be decoded raise an error before
-the target is looked at: msgpack's ValueError or, where an array is damaged, whatever flax's decoder runs
-into (TypeError, IndexError, KeyError). Neither notices a flipped bit among an array's values; only a
-checksum would.
+A state dict that does not fit raises a ValueError. Bytes that cannot be decoded raise an error of
+msgpack or flax before the target is read: a ValueError or, for a damaged array, a TypeError, IndexError
+or KeyError. A flipped bit among the values of an array is not noticed; that takes a checksum.
 
 Example:
   >>> import jax.numpy as jnp
@@ -30,7 +30,7 @@ from flax import serialization
 from target_nets._src.state_dict import from_state_dict, to_state_dict
 from target_nets.targets import EMATarget, PeriodicTarget
 
-__all__: list[str] = []  # importing this module is all there is to do
+__all__: list[str] = []  # importing the module registers the classes, and that is all it does
 
 serialization.register_serialization_state(EMATarget, to_state_dict, from_state_dict)
 serialization.register_serialization_state(PeriodicTarget, to_state_dict, from_state_dict)

@@ -1,24 +1,25 @@
-"""The classes: a slow copy of a model's parameters and the counter of its updates, in one object.
+"""The classes: a slow copy of a model's parameters and a counter of its updates, in one object.
 
-`EMATarget` averages, `PeriodicTarget` copies. Both are plain objects that are updated in place, and both
-are pytrees. So the same code works in eager Python and inside jax's transformations.
+`EMATarget` averages and `PeriodicTarget` copies. Both are objects that `update` changes in place, and
+both are pytrees. So they serve eager Python and functions that jax transforms.
 
-Three traps that no check can see:
+Three mistakes that no check can find:
 
-- A target that is updated inside `jax.jit` or `nnx.jit`, and neither returned nor part of an nnx object,
-  keeps its old value outside: `jit` gave the function a copy. Return it.
-- A function that reads `target.params` inside `jit`, of a target that was not passed in, compiles the
-  value as a constant and never sees a later update. Pass the target in.
-- `nnx.Optimizer(agent, ..., wrt=nnx.Param)` over an agent that owns a target holds the slow copy, too,
-  and weight decay would shrink it. Build the optimizer over the network.
+- A target is updated inside `jax.jit` and not returned. Then the target outside keeps its old value,
+  since `jit` gives the function a copy. Return it. Inside `nnx.jit` a target that is part of an nnx
+  object that was passed in needs no return.
+- A jitted function reads `target.params` of a target that was not passed in. Then the values are
+  compiled as constants, and the function never sees a later update. Pass the target in.
+- `nnx.Optimizer(agent, ..., wrt=nnx.Param)` is built over an agent that owns a target. Then it also
+  optimizes the slow copy, and weight decay shrinks it. Build the optimizer over the network.
 """
 
 from typing import TypeVar, final
 
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import construct
-from target_nets._src.state import COPY_ALL, Count, Rule, Schedule, Settings, State, host_count
+from target_nets._src import checks, construct, dtypes
+from target_nets._src.state import COPY_ALL, Count, Plan, Schedule, Settings, State, host_count
 from target_nets._src.target import Target, register_pytree
 
 __all__ = ["EMATarget", "PeriodicTarget"]
@@ -30,37 +31,41 @@ P = TypeVar("P")
 class EMATarget(Target[P]):
     """A target whose parameters are a moving average of the online parameters (Polyak averaging).
 
-    Call `update` after each gradient step and read `params`. Both classes are pytrees: pass a target
-    into jit, scan, vmap or shard_map as an argument, and return it. flax.serialization saves what
-    changes, the slow copy and the counters; the settings below are code, and the template's are used.
+    Call `update` after each gradient step and read `params`. A target is a pytree: pass it into jit,
+    scan, vmap or shard_map as an argument, and return it. flax.serialization saves the slow copy and the
+    counters. The other arguments below are not saved. A restored target has those of the target that it
+    was restored into.
 
     Args:
-      params: The parameters to start from: a tree of arrays of any shapes and dtypes (of an Equinox
-        module, `eqx.filter(module, eqx.is_array)`). They are copied; where they are placed, the slow
-        copy stays.
-      step_size: How far an update moves the slow copy towards the online parameters, in [0, 1]; that
-        is, 1 - decay. A number; a scalar array, which is a leaf of the target and may be swept with
-        `vmap`; or a schedule, a hashable callable of the number of averagings done before this one.
-        It is called with a traced int32 scalar. Arrays and what a schedule returns are clipped to
-        [0, 1], and nan counts as 0. Eager updates hand a schedule's argument to the device each time,
-        which `jax.transfer_guard("disallow")` refuses.
-      update_period: Average on every so many-th update only.
+      params: The parameters to start from, a tree of arrays of any shapes and dtypes. For an Equinox
+        module, pass `eqx.filter(module, eqx.is_array)`. The target copies them, and the slow copy keeps
+        their placement.
+      step_size: How far an averaging moves the slow copy towards the online parameters, in [0, 1]. It is
+      1
+        - decay. It may be a number, a scalar array or a schedule. An array is a leaf of the target, so
+        that `vmap` can sweep it. A schedule is a hashable callable. Its argument is the number of
+        averagings before this one, a traced int32 scalar. A `jax.Array` and what a schedule returns are
+        clipped to [0, 1], and nan counts as 0. In eager Python, an averaging with a schedule sends one
+        scalar to the device, which `jax.transfer_guard("disallow")` refuses.
+      update_period: Only every `update_period`-th update averages, an integer from 1 to 2**31-1.
       mask: Which leaves to average, as in `optax.masked`: a tree prefix of booleans, or a callable of
-        the parameters that returns one. The others are copied, as one may want of BatchNorm's
-        statistics. None: all.
-      accumulator_dtype: The floating dtype that averaged leaves are held in (for complex leaves, that of
-        their parts, at least float32); what it cannot hold becomes inf. None: their own, but float32
-        for floats below 32 bits: a bfloat16 average at step size 0.005 never moves.
-      compensated: Whether to hold the rounding error, too, in as many arrays again: then the average is
-        right to one unit in the last place at any step size (as float32 holds it), however many
-        updates. Worth its memory for float32 and step sizes below 1e-3. In a narrower
-        `accumulator_dtype`, average and error together have twice its bits: 16 of bfloat16.
-      skip_nonfinite: Whether to leave out an averaging of online parameters that hold inf or nan in any
-        inexact leaf: all of the slow copy stays, `step` counts, and so does `skipped`. The device
-        decides, and the host does not wait. Not for use inside `shard_map`, where each shard would
-        decide for itself: jax refuses it, unless told not to check (`check_vma=False`).
-      donate: Whether `update` and `sync` in eager Python reuse the slow copy's memory. Then an earlier
-        `target.params` can no longer be read.
+        the parameters that returns one. The other leaves are copied, as one may want for the statistics
+        of BatchNorm. None: all leaves are averaged.
+      accumulator_dtype: The floating dtype that averaged leaves are stored in. For complex leaves it is
+        the dtype of their parts, at least float32. Values beyond its range become inf. None: a leaf
+        keeps its own dtype, but 8- and 16-bit floats are stored in float32. A bfloat16 average at step
+        size 0.005 would never move, since each of its steps is rounded to nothing.
+      compensated: Whether to store the rounding error of each average, too, which takes as much memory
+        again. Then the average is right to one unit in the last place, at any step size and after any
+        number of updates. This is worth its memory for float32 and step sizes below 1e-3. With a
+        narrower `accumulator_dtype`, value and error together have twice its precision, 16 bits for
+        bfloat16.
+      skip_nonfinite: Whether to skip an averaging if an inexact leaf of the online parameters holds inf
+        or nan. Then the whole slow copy stays as it is, and `step` and `skipped` go up by one. The
+        device decides, and the host does not wait. Not for use inside `shard_map`, where each shard
+        would decide for itself; there jax raises an error, unless `check_vma=False` was given.
+      donate: Whether `update` and `sync` in eager Python reuse the memory of the slow copy. Then what
+        was read from `target.params` before can no longer be read.
 
     Raises:
       TypeError, ValueError: An argument is of the wrong type or out of range.
@@ -78,7 +83,7 @@ class EMATarget(Target[P]):
       >>> target.params
       {'w': Array([0.4375, 0.4375], dtype=float32)}
 
-      As an argument and a result of a transformation:
+      It can be passed into a transformation and returned:
 
       >>> import jax
       >>> target = jax.jit(lambda target, params: target.update(params))(target, {"w": jnp.ones(2)})
@@ -100,24 +105,24 @@ class EMATarget(Target[P]):
         skip_nonfinite: bool = False,
         donate: bool = False,
     ) -> None:
-        dtypes = construct.leaf_dtypes(params)
+        param_dtypes = construct.leaf_dtypes(params)
         averaged = construct.resolve_mask(mask, params)
-        stored = construct.storage_dtypes(dtypes, averaged, accumulator_dtype)
-        fixed_step_size, array_step_size = construct.parse_step_size(step_size)
+        accumulator = checks.check_accumulator_dtype(accumulator_dtype)
+        stored_dtypes = dtypes.storage_dtypes(param_dtypes, averaged, accumulator)
+        static_step_size, array_step_size = construct.parse_step_size(step_size)
         settings = Settings(
-            rule=Rule(all(averaged) or averaged, fixed_step_size),
+            plan=Plan(all(averaged) or averaged, static_step_size),
             update_period=update_period,
             donate=donate,
-            dtypes=None if stored == dtypes else tuple(dtypes),
+            param_dtypes=None if stored_dtypes == param_dtypes else tuple(param_dtypes),
             compensated=compensated,
             skip_nonfinite=skip_nonfinite,
-            step_size_is_array=array_step_size is not None,
         )
-        slow = construct.start_slow_copy(params, stored)
+        slow = construct.first_slow_copy(params, stored_dtypes)
         state = State(
             slow,
             host_count(0),
-            skipped=construct.zero_counter(slow) if skip_nonfinite else None,
+            skipped=construct.first_skipped(slow) if skip_nonfinite else None,
             compensation=construct.zero_compensation(slow, averaged) if compensated else None,
             step_size=array_step_size,
         )
@@ -125,11 +130,12 @@ class EMATarget(Target[P]):
 
     @property
     def skipped(self) -> Count:
-        """How many averagings `skip_nonfinite` has left out so far: a 0-d int32 array.
+        """How many averagings `skip_nonfinite` has skipped so far: a 0-d int32 array, 0 without it.
 
-        On the device after an update: reading its value waits for that. A schedule's argument is the
-        number of averagings due less these, and never below 0. Past 2**31-1 the former stays, so that
-        each one skipped then takes the schedule back by one.
+        After an update it is on the device, and reading its value waits for that update. The argument of
+        a schedule is the number of averagings that were due, minus this number, and at least 0. The
+        number of averagings that were due stops growing where `step` does. From there on each skipped
+        averaging takes the schedule back by one.
 
         Example:
           >>> from target_nets import EMATarget
@@ -142,16 +148,17 @@ class EMATarget(Target[P]):
 
 @final
 class PeriodicTarget(Target[P]):
-    """A target whose parameters are a copy of the online parameters, taken every so many updates.
+    """A target whose parameters are a copy of the online parameters that is renewed periodically.
 
-    Used, passed into transformations and saved as an `EMATarget` is.
+    It is used, passed into transformations and saved in the same way as an `EMATarget`.
 
     Args:
-      params: The parameters to start from: a tree of arrays of any shapes and dtypes. They are copied;
-        where they are placed, the slow copy stays.
-      update_period: K: the updates K, 2K, ... copy the online parameters.
-      donate: Whether `update` and `sync` in eager Python reuse the slow copy's memory. Then an earlier
-        `target.params` can no longer be read.
+      params: The parameters to start from, a tree of arrays of any shapes and dtypes. The target copies
+        them, and the slow copy keeps their placement.
+      update_period: The period K, an integer from 1 to 2**31-1. The updates K, 2K, ... copy the online
+        parameters.
+      donate: Whether `update` and `sync` in eager Python reuse the memory of the slow copy. Then what
+        was read from `target.params` before can no longer be read.
 
     Raises:
       TypeError, ValueError: An argument is of the wrong type or out of range.
@@ -173,7 +180,7 @@ class PeriodicTarget(Target[P]):
     __slots__ = ()
 
     def __init__(self, params: P, update_period: int, *, donate: bool = False) -> None:
-        slow = construct.start_slow_copy(params, construct.leaf_dtypes(params))
+        slow = construct.first_slow_copy(params, construct.leaf_dtypes(params))
         self.__attrs_init__(Settings(COPY_ALL, update_period, donate), State(slow, host_count(0)))
 
 

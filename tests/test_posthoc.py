@@ -378,7 +378,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "equal profiles": (
         lambda: posthoc.reconstruct([(64, 6, W), (32, 6, W), (64, 6.0, W)], gamma=10),
         ValueError,
-        "snapshots: numbers 0 and 2 are both of step 64 and gamma 6",
+        "snapshots: numbers 0 and 2 both have step 64 and gamma 6",
     ),
     "no tuple": (
         lambda: posthoc.reconstruct([(64, 6, W), EMATarget(W, 0.1)], gamma=10),

@@ -1,1 +1,1 @@
-"""The inside of the package, one concern per file. Nothing here is public."""
+"""The private implementation, one concern in each file."""

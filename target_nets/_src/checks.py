@@ -1,4 +1,4 @@
-"""The checks of arguments. Each returns the argument in the form that the package uses, or raises."""
+"""The checks of arguments, and converters for attrs. They raise, or return what the package uses."""
 
 import numbers
 import operator
@@ -16,7 +16,11 @@ INT32_MAX = 2**31 - 1
 
 
 def check_step_size(step_size: Leaf) -> float | jax.Array:
-    """Returns a jax array as it is, and any other step size as a float in [0, 1]."""
+    """Returns a jax array unchanged, and any other step size as a float in [0, 1].
+
+    The range of a jax array is not checked. A traced one has no value yet, and reading a concrete one
+    would wait for the device. `arithmetic.lerp` clips both.
+    """
     if not _is_number(step_size, int | float):
         check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT)
     if isinstance(step_size, jax.Array):
@@ -35,8 +39,11 @@ def check_count(name: str, count: Leaf) -> int | jax.Array:
 
 
 def check_integer(name: str, x: Leaf) -> int | jax.Array:
-    """Returns a Python or NumPy integer as an int, and a jax array with at least 32 bits."""
-    if _is_number(x, int):  # jax does not hold every Python integer
+    """Returns a Python or NumPy integer as an int, and a jax array with at least 32 bits.
+
+    A narrower array could not be compared with a period that needs 32 bits.
+    """
+    if _is_number(x, int):  # of any size: `array_type` knows only those that jax can represent
         return int(x)
     check_scalar(name, x, "an integer", Kind.INTEGER)
     if isinstance(x, jax.Array):
@@ -54,8 +61,10 @@ def check_scalar(name: str, x: Leaf, expected: str, *kinds: Kind) -> None:
         raise ValueError(f"{name}: expected a scalar, got shape {list(known.shape)}")
 
 
-def check_accumulator_dtype(accumulator_dtype: DTypeLike) -> DType:
-    """Returns a floating dtype that jax can use."""
+def check_accumulator_dtype(accumulator_dtype: DTypeLike | None) -> DType | None:
+    """Returns a floating dtype that jax can use, or None."""
+    if accumulator_dtype is None:
+        return None
     try:
         dtype = jnp.dtype(accumulator_dtype)
     except TypeError:
@@ -67,7 +76,7 @@ def check_accumulator_dtype(accumulator_dtype: DTypeLike) -> DType:
     return dtype
 
 
-def check_number(name: str, low: float, high: float) -> Callable[[float], float]:
+def number_converter(name: str, low: float, high: float) -> Callable[[float], float]:
     """Returns an attrs converter that takes real numbers in [low, high] and returns floats."""
 
     def convert(value: float) -> float:
@@ -80,8 +89,8 @@ def check_number(name: str, low: float, high: float) -> Callable[[float], float]
     return convert
 
 
-def check_python_count(name: str) -> Callable[[int], int]:
-    """Returns an attrs converter that takes integers from 1 to 2**31-1 that Python knows."""
+def count_converter(name: str) -> Callable[[int], int]:
+    """Returns an attrs converter that takes integers from 1 to 2**31-1, but no jax arrays."""
 
     def convert(value: int) -> int:
         count = check_count(name, value)
@@ -92,5 +101,17 @@ def check_python_count(name: str) -> Callable[[int], int]:
     return convert
 
 
+def bool_converter(name: str) -> Callable[[bool], bool]:
+    """Returns an attrs converter that takes True and False."""
+
+    def convert(value: bool) -> bool:
+        if value is not True and value is not False:
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+        return value
+
+    return convert
+
+
 def _is_number(x: Any, number_type: Any) -> bool:
+    """Whether this is a number of that type. Python's booleans are integers, but here they are not."""
     return isinstance(x, number_type) and not isinstance(x, bool)

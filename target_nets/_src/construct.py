@@ -1,4 +1,4 @@
-"""What the constructors make of their arguments."""
+"""How the constructors turn their arguments into the settings and the first state of a target."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_map_with_path
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from target_nets._src import checks, dtypes, placement, trees
 from target_nets._src.state import Count, Schedule, host_count
@@ -20,42 +20,36 @@ Mask: TypeAlias = (
 
 
 def leaf_dtypes(params: PyTree) -> list[dtypes.DType]:
-    """Returns the dtypes of the parameters as jax canonicalizes them. Raises if a leaf is no array."""
+    """Returns the dtypes of the parameters in jax. Raises if a leaf is not an array or a number."""
     trees.check_arrays(params, "params")
     return [trees.array_type(x).dtype for x in jax.tree.leaves(params)]
 
 
-def storage_dtypes(
-    params: Sequence[dtypes.DType], averaged: Sequence[bool], accumulator: DTypeLike | None
-) -> list[dtypes.DType]:
-    """Returns the dtypes that the slow copy is stored in. Leaves that are copied keep their own."""
-    wanted = None if accumulator is None else checks.check_accumulator_dtype(accumulator)
-    pairs = zip(params, averaged, strict=True)
-    return [dtypes.storage_dtype(dtype, wanted) if average else dtype for dtype, average in pairs]
-
-
-def start_slow_copy(params: Tree, stored: Sequence[dtypes.DType]) -> Tree:
+def first_slow_copy(params: Tree, stored_dtypes: Sequence[dtypes.DType]) -> Tree:
     """Returns copies of the parameters in these dtypes, strongly typed."""
     copies, treedef = jax.tree.flatten(placement.copy_to_own_buffers(params))
-    pairs = zip(copies, stored, strict=True)
+    pairs = zip(copies, stored_dtypes, strict=True)
     return treedef.unflatten([x if dtypes.is_key(dtype) else x.astype(dtype) for x, dtype in pairs])
 
 
 def zero_compensation(slow: PyTree, averaged: Sequence[bool]) -> PyTree:
-    """Returns zeros for the inexact leaves that are averaged, each where its leaf is, else None."""
+    """Returns zeros for each inexact leaf that is averaged, placed as the leaf is, and else None."""
 
     def zeros(x: jax.Array, average: bool) -> jax.Array | None:
         if not average or not dtypes.is_inexact(x.dtype):
             return None
-        like = placement.shard_as(jnp.zeros_like(x), x)
-        return placement.link_shardings(placement.to_memory_of(x, like), x)
+        like = placement.match_explicit_sharding(jnp.zeros_like(x), x)
+        return placement.link_shardings(placement.match_memory(like, x), x)
 
     params, treedef = jax.tree.flatten(slow)
     return treedef.unflatten(list(map(zeros, params, averaged)))
 
 
-def zero_counter(slow: PyTree) -> Count:
-    """Returns a counter that starts where updates will leave it: on the devices of the slow copy."""
+def first_skipped(slow: PyTree) -> Count:
+    """Returns a count of zero where updates will leave it: on the devices of the slow copy.
+
+    If it started elsewhere, the second update would compile again.
+    """
     shardings = [sharding for x in jax.tree.leaves(slow) if (sharding := placement.sharding_of(x))]
     if not shardings:
         return host_count(0)
@@ -67,10 +61,10 @@ def zero_counter(slow: PyTree) -> Count:
 
 
 def resolve_mask(mask: Mask, params: PyTree) -> tuple[bool, ...]:
-    """Returns which leaves to average, one boolean for each."""
+    """Returns whether to average each leaf."""
     if mask is None:
         mask = True
-    elif callable(mask) and trees.is_leaf(mask):  # a Module of booleans is callable, too, but is a node
+    elif callable(mask) and trees.is_leaf(mask):  # a callable module is a tree of booleans
         mask = mask(params)
 
     def spread(path: trees.KeyPath, value: object, branch: PyTree) -> list[bool]:
@@ -79,14 +73,13 @@ def resolve_mask(mask: Mask, params: PyTree) -> tuple[bool, ...]:
         return [bool(value)] * jax.tree.structure(branch).num_leaves
 
     try:
-        spread_mask = tree_map_with_path(spread, mask, params)
+        return tuple(jax.tree.leaves(tree_map_with_path(spread, mask, params)))
     except ValueError as error:
         raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
-    return tuple(jax.tree.leaves(spread_mask))
 
 
 def parse_step_size(step_size: ArrayLike | Schedule) -> tuple[float | Schedule | None, jax.Array | None]:
-    """Returns a number or a schedule, which is static, or else an array. The other one is None."""
+    """Returns a static step size, which is a number or a schedule, and an array. One of them is None."""
     if callable(step_size):
         try:
             hash(step_size)
@@ -94,5 +87,6 @@ def parse_step_size(step_size: ArrayLike | Schedule) -> tuple[float | Schedule |
             raise TypeError(f"step_size: a schedule must be hashable, got {step_size!r}") from None
         return step_size, None
     checked = checks.check_step_size(step_size)
-    is_array = isinstance(step_size, jax.Array | np.ndarray)
-    return (None, jnp.array(step_size)) if is_array else (float(checked), None)
+    if isinstance(step_size, jax.Array | np.ndarray):
+        return None, jnp.array(step_size)
+    return float(checked), None

@@ -1,6 +1,7 @@
-"""Kinds of leaves, and the dtypes that they are computed and stored in."""
+"""The kinds of leaves, and the dtypes that leaves are computed and stored in."""
 
 import enum
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -9,19 +10,37 @@ import numpy as np
 
 DType: TypeAlias = np.dtype[Any]
 
-# From the narrowest to the widest. PRNG keys stand apart.
-Kind = enum.IntEnum("Kind", ["BOOL", "INTEGER", "FLOAT", "COMPLEX", "KEY"])
-_SCALAR_TYPES = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating, jax.dtypes.prng_key)
+
+class Kind(enum.IntEnum):
+    """The kinds of leaves. A leaf may take the value of a leaf of the same kind or of a narrower one.
+
+    KEY is the last one, so that no number takes the value of a PRNG key. `trees.find_misfit` refuses the
+    opposite.
+    """
+
+    BOOL = 0
+    INTEGER = 1
+    FLOAT = 2
+    COMPLEX = 3
+    KEY = 4
+
+
+_SCALAR_TYPES = {
+    Kind.BOOL: jnp.bool_,
+    Kind.INTEGER: jnp.integer,
+    Kind.FLOAT: jnp.floating,
+    Kind.COMPLEX: jnp.complexfloating,
+    Kind.KEY: jax.dtypes.prng_key,
+}
 
 
 def kind_of(dtype: DType) -> Kind | None:
-    """Returns the kind of a dtype, or None if it is neither a number's nor a PRNG key's."""
-    kinds = zip(Kind, _SCALAR_TYPES, strict=True)
-    return next((kind for kind, scalar_type in kinds if jnp.issubdtype(dtype, scalar_type)), None)
+    """Returns the kind of a dtype, or None if it is not one of numbers, booleans or PRNG keys."""
+    return next((kind for kind, scalar in _SCALAR_TYPES.items() if jnp.issubdtype(dtype, scalar)), None)
 
 
 def is_key(dtype: DType) -> bool:
-    """Whether this is the dtype of typed PRNG keys, as `jax.random.key` makes them."""
+    """Whether this is a dtype of typed PRNG keys, as `jax.random.key` makes them."""
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
@@ -31,19 +50,32 @@ def is_inexact(dtype: DType) -> bool:
 
 
 def accumulation_dtype(dtype: DType) -> DType:
-    """Returns float32 for floats below 32 bits, and every other dtype as it is."""
+    """Returns float32 for floats below 32 bits, and any other dtype unchanged."""
     is_small_float = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     return jnp.dtype(jnp.float32) if is_small_float else dtype
 
 
 def arithmetic_dtype(new: DType, old: DType) -> DType:
-    """Returns the dtype in which two leaves are combined: the wider kind, then the larger size."""
+    """Returns the dtype in which two leaves are combined: the wider kind, and of one kind the larger."""
     candidates = accumulation_dtype(old), accumulation_dtype(new)
     return max(candidates, key=lambda dtype: (kind_of(dtype), dtype.itemsize))
 
 
-def storage_dtype(dtype: DType, accumulator: DType | None) -> DType:
-    """Returns the dtype that an averaged leaf is stored in."""
+def storage_dtypes(
+    dtypes: Sequence[DType], averaged: Sequence[bool], accumulator: DType | None
+) -> list[DType]:
+    """Returns the dtypes that the slow copy is stored in, one for each leaf.
+
+    Args:
+      dtypes: The dtypes of the parameters.
+      averaged: Whether a leaf is averaged. Copied leaves are stored in their own dtype.
+      accumulator: The dtype that the user wants for averaged leaves, or None.
+    """
+    pairs = zip(dtypes, averaged, strict=True)
+    return [_storage_dtype(dtype, accumulator) if average else dtype for dtype, average in pairs]
+
+
+def _storage_dtype(dtype: DType, accumulator: DType | None) -> DType:
     if accumulator is None or not is_inexact(dtype):
         return accumulation_dtype(dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):

@@ -1,7 +1,7 @@
 """A jax primitive that makes XLA shard two arrays alike.
 
-It does what `jax.experimental.shard_alike` did, which jax 0.12 no longer has. It puts both arrays into
-one sharding group of Shardy, XLA's partitioner.
+It does what `jax.experimental.shard_alike` did, which jax 0.12 has removed. It puts both arrays into one
+sharding group of Shardy, XLA's partitioner.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def shard_alike(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _evaluate(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Outside of jit the sharding of the old array is known."""
+    """Puts the new array where the old one is. Outside of jit that is known."""
     return jax.device_put(new, old.sharding) if old.committed else new
 
 
@@ -28,16 +28,16 @@ def _batch(
     arrays: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | None]
 ) -> tuple[jax.Array, int | None]:
     (new, old), (new_axis, old_axis) = arrays, axes
-    if new_axis is None or old_axis is None:  # the shapes differ
+    if new_axis is None or old_axis is None:  # arrays of two shapes cannot be sharded alike
         return new, new_axis
     return shard_alike(jnp.moveaxis(new, new_axis, old_axis), old), old_axis
 
 
 def _lower(context: Any, new: Any, old: Any) -> list[Any]:
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
-        return [new]
-    # Each module counts its groups anew. So a program is the same whatever was traced before it, and
-    # the compilation cache finds it. The offset keeps clear of other groups, which count from 0.
+        return [new]  # GSPMD, the partitioner before Shardy, does not know these groups
+    # Each module numbers its groups anew. So a program does not depend on what was traced before it, and
+    # the compilation cache finds it. The offset keeps clear of Shardy's own groups, which count from 0.
     group_id = 2**32 + context.module_context.new_channel()
     attribute = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), group_id)
     for value in (new, old):
@@ -49,4 +49,5 @@ _shard_alike_p = Primitive("shard_alike")
 _shard_alike_p.def_impl(_evaluate)
 _shard_alike_p.def_abstract_eval(lambda new, _: new)
 batching.primitive_batchers[_shard_alike_p] = _batch
+# A cached lowering would give every link of a program the same group.
 mlir.register_lowering(_shard_alike_p, _lower, cacheable=False)

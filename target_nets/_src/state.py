@@ -1,4 +1,4 @@
-"""What a target holds: settings that are fixed when it is made, and the state that updates replace."""
+"""What a target holds: settings that are fixed when it is made, and a state that updates replace."""
 
 from collections.abc import Callable
 from itertools import compress
@@ -10,54 +10,54 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from target_nets._src.checks import INT32_MAX, check_python_count
+from target_nets._src.checks import INT32_MAX, bool_converter, count_converter
 from target_nets._src.dtypes import DType
 from target_nets._src.trees import PyTree
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 Count: TypeAlias = jax.Array | np.ndarray[Any, np.dtype[np.int32]]
 
-_is_bool = attrs.validators.instance_of(bool)
 
-
-class Rule(NamedTuple):
-    """How an update changes the leaves of the slow copy. It is static in the compiled update.
+class Plan(NamedTuple):
+    """Which leaves an update averages, and with what step size. A static argument of compiled functions.
 
     Attributes:
-      averaged: Whether to average a leaf; the others are copied. One boolean for each leaf, or one for
-        all of them.
-      step_size: A number or a schedule. None if the step size is an array, which is part of the state,
-        or if nothing is averaged.
+      averaged: Whether to average each leaf; the others are copied. One boolean stands for all leaves.
+      step_size: A number or a schedule. None if the state holds the step size, as an array, or if no
+        leaf is averaged.
     """
 
     averaged: bool | tuple[bool, ...]
     step_size: float | Schedule | None = None
 
 
-AVERAGE_ALL, COPY_ALL = Rule(averaged=True), Rule(averaged=False)
+AVERAGE_ALL, COPY_ALL = Plan(averaged=True), Plan(averaged=False)
 
 
 @attrs.frozen(cache_hash=True)
 class Settings:
-    """What is fixed when a target is made. It is code, not state: the static part of the pytree.
+    """What is fixed when a target is made. The static part of the pytree; checkpoints do not hold it.
 
     Attributes:
-      rule: How an update changes the slow copy.
-      update_period: Only every so many-th update changes the slow copy.
+      plan: What an update does to the leaves.
+      update_period: An averaging (or a copy) is due at every so many-th update.
       donate: Whether eager updates reuse the memory of the slow copy.
-      dtypes: The dtypes that `params` casts the leaves to, or None if they are stored in their own.
+      param_dtypes: The dtypes that `Target.params` returns. None if these are the stored ones.
       compensated: Whether the state holds the rounding errors of the averages.
-      skip_nonfinite: Whether averagings of inf and nan are left out, and the state counts them.
-      step_size_is_array: Whether the state holds the step size.
+      skip_nonfinite: Whether to skip an averaging of parameters with inf or nan, and to count these.
     """
 
-    rule: Rule
-    update_period: int = attrs.field(converter=check_python_count("update_period"))
-    donate: bool = attrs.field(validator=_is_bool)
-    dtypes: tuple[DType, ...] | None = None
-    compensated: bool = attrs.field(default=False, validator=_is_bool)
-    skip_nonfinite: bool = attrs.field(default=False, validator=_is_bool)
-    step_size_is_array: bool = False
+    plan: Plan
+    update_period: int = attrs.field(converter=count_converter("update_period"))
+    donate: bool = attrs.field(converter=bool_converter("donate"))
+    param_dtypes: tuple[DType, ...] | None = None
+    compensated: bool = attrs.field(default=False, converter=bool_converter("compensated"))
+    skip_nonfinite: bool = attrs.field(default=False, converter=bool_converter("skip_nonfinite"))
+
+    @property
+    def step_size_is_array(self) -> bool:
+        """Whether the state holds the step size."""
+        return self.plan.averaged is not False and self.plan.step_size is None
 
     @property
     def child_names(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ class SlowCopy(NamedTuple):
     """The arrays that an averaging replaces, and whose memory it may reuse.
 
     Attributes:
-      params: The slow parameters, in the dtypes that they are stored in.
+      params: The slow parameters, in their storage dtypes.
       compensation: The rounding errors of the averages, a tree like `params` with None for each leaf
         that is not averaged. None without `compensated`.
     """
@@ -78,17 +78,24 @@ class SlowCopy(NamedTuple):
     params: PyTree
     compensation: PyTree = None
 
+    def errors(self) -> list[jax.Array | None]:
+        """Returns the rounding errors, one for each leaf of `params`, with None where there is none."""
+        treedef = jax.tree.structure(self.params)
+        has_errors = self.compensation is not None
+        return treedef.flatten_up_to(self.compensation) if has_errors else [None] * treedef.num_leaves
+
 
 class State(NamedTuple):
-    """What updates replace. A target holds one such record, so it is never between two updates.
+    """What updates replace, in one assignment. So other threads never see half of an update.
 
     Attributes:
       params: The slow parameters; see `SlowCopy`.
       step: How many updates so far, an int32 scalar.
-      skipped: How many averagings were left out so far, an int32 scalar. None without `skip_nonfinite`.
+      skipped: How many averagings were skipped so far, an int32 scalar. None without `skip_nonfinite`.
       compensation: The rounding errors; see `SlowCopy`.
       step_size: The step size if it is an array, a real scalar, else None.
-      is_checked: Whether online parameters have been compared with the slow copy yet. It is no child.
+      structure_checked: Whether online parameters have been compared with the slow copy. If so, eager
+        updates between two averagings need not compare them again. It is not a child of the pytree.
     """
 
     params: PyTree
@@ -96,24 +103,16 @@ class State(NamedTuple):
     skipped: Count | None = None
     compensation: PyTree = None
     step_size: jax.Array | None = None
-    is_checked: bool = False
+    structure_checked: bool = False
 
     @property
     def slow(self) -> SlowCopy:
         """The arrays that an averaging replaces."""
         return SlowCopy(self.params, self.compensation)
 
-    def after(self, slow: SlowCopy, step: Count, skipped: Count | None) -> "State":
-        """Returns the state after an update."""
+    def after_update(self, slow: SlowCopy, step: Count, skipped: Count | None) -> "State":
+        """Returns the state with what an update has changed."""
         return State(slow.params, step, skipped, slow.compensation, self.step_size, True)
-
-
-def compensation_leaves(slow: SlowCopy) -> list[jax.Array | None]:
-    """Returns the rounding errors leaf by leaf, with None where there is none."""
-    treedef = jax.tree.structure(slow.params)
-    if slow.compensation is None:
-        return [None] * treedef.num_leaves
-    return treedef.flatten_up_to(slow.compensation)
 
 
 def check_is_not_abstract(state: State, method: str) -> None:
@@ -123,7 +122,7 @@ def check_is_not_abstract(state: State, method: str) -> None:
 
 
 def check_is_one_target(state: State, method: str) -> None:
-    """Raises if a target is abstract, or a population that `vmap` has made."""
+    """Raises if a target is abstract, or if it is a population: one that `vmap` has batched."""
     check_is_not_abstract(state, method)
     if np.ndim(state.step):
         shape = list(np.shape(state.step))
@@ -134,17 +133,17 @@ def check_is_one_target(state: State, method: str) -> None:
 
 
 def host_count(count: int) -> Count:
-    """Returns a count as an array on the host that nobody can write to."""
+    """Returns a count as a 0-d NumPy array that is read-only."""
     array = np.array(count, np.int32)
     array.setflags(write=False)
     return array
 
 
 def next_count(count: Any, period: int) -> Any:
-    """Returns the count after this one: an int for an int, and a jax array for an array.
+    """Returns `count + 1`, as an int for an int and as a jax array for an array.
 
-    After the largest multiple of the period within int32 it goes back by one period, so that the period
-    is kept and a schedule holds its last value.
+    After the largest multiple of the period within int32 the count goes back by one period. So updates
+    stay due at the same distance, and a schedule holds its last value.
     """
     last = INT32_MAX // period * period
     if isinstance(count, int):

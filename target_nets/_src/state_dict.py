@@ -1,6 +1,5 @@
-"""The state dict of a target: what `flax.serialization` saves and restores."""
+"""The state dict of a target, which `flax.serialization` saves and restores."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,12 +14,13 @@ from target_nets._src.state import Settings, State
 from target_nets._src.target import AnyTarget, Target, make_target
 from target_nets._src.trees import Leaf, PyTree, describe, is_leaf, named_children
 
-_SAVED = ("step", "params", "skipped", "compensation")  # a step size is a setting, also as an array
+# A step size is a setting, so an array step size is not saved either.
+_SAVED = ("step", "params", "skipped", "compensation")
 _COUNTERS = ("step", "skipped")
 
 
 def to_state_dict(target: Target[Any]) -> dict[str, Any]:
-    """Returns counters as integers and trees as nested dicts of arrays, PRNG keys as their data."""
+    """Returns counters as integers, trees as nested dicts of arrays, and PRNG keys as their key data."""
     return {
         name: _save_count(child) if name in _COUNTERS else _nest(jax.tree.map(_key_data, child))
         for name, child in _saved_children(*target.__getstate__()).items()
@@ -28,14 +28,14 @@ def to_state_dict(target: Target[Any]) -> dict[str, Any]:
 
 
 def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
-    """Returns a new target with a saved state, in the dtypes and shardings of a template.
+    """Returns a new target with a saved state, and with the settings, dtypes and shardings of a target.
 
     Args:
-      target: The template, a target of the same parameters. It may be abstract.
-      saved: What `to_state_dict` returned, perhaps as decoded from bytes.
+      target: The target to restore into. It may be abstract.
+      saved: What `to_state_dict` returned, perhaps after a round trip through bytes.
 
     Raises:
-      ValueError: The saved state does not fit the template.
+      ValueError: The saved state does not fit the target.
     """
     settings, state = target.__getstate__()
     path, children = serialization.current_path(), _saved_children(settings, state)
@@ -54,14 +54,14 @@ def _saved_children(settings: Settings, state: State) -> dict[str, PyTree]:
 
 
 def _save_count(count: Any) -> Any:
-    """Returns an integer. A traced or abstract counter, or that of a population, stays as it is."""
+    """Returns an integer, but a traced, abstract or batched counter unchanged."""
     if isinstance(count, Tracer | jax.ShapeDtypeStruct) or np.ndim(count):
         return count
     return int(count)
 
 
 def _key_data(leaf: Any) -> Any:
-    """Returns the data of a PRNG key, and any other leaf as it is."""
+    """Returns the key data of a PRNG key, and any other leaf unchanged."""
     if not is_key(leaf.dtype):
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -70,10 +70,10 @@ def _key_data(leaf: Any) -> Any:
 
 
 def _nest(tree: PyTree) -> PyTree:
-    """Returns a tree as nested dicts with string keys, its leaves as they are.
+    """Returns a tree as nested dicts with string keys.
 
-    Nodes that flax.serialization knows have its names, nnx objects those of `nnx.to_pure_dict`, and all
-    others the key paths of jax.
+    The names are those of flax.serialization for the nodes that it knows, those of `nnx.to_pure_dict`
+    for nnx objects, and the key paths of jax for all other nodes.
     """
     if tree is None or is_leaf(tree):
         return tree
@@ -89,23 +89,21 @@ def _nest(tree: PyTree) -> PyTree:
 
 def _restore_tree(template: PyTree, saved: Any, path: str) -> PyTree:
     leaves, treedef = jax.tree.flatten(template)
-    # The nested dict of the template with the index of each leaf in its place. The indices are arrays,
-    # since nnx takes no numbers for leaves.
+    # The nested dict of the template, with the index of each leaf in its place. The indices are arrays,
+    # since `nnx.to_pure_dict` takes no integers for leaves.
     indices = _nest(treedef.unflatten([np.array(index) for index in range(len(leaves))]))
-    restored = dict(_restore_leaves(indices, leaves, saved, path))
-    return treedef.unflatten([restored[index] for index in range(len(leaves))])
+    _restore_leaves(indices, leaves, saved, path)
+    return treedef.unflatten(leaves)
 
 
-def _restore_leaves(
-    indices: PyTree, leaves: list[Any], saved: Any, path: str
-) -> Iterator[tuple[int, jax.Array]]:
-    """Yields the index and the value of each leaf."""
+def _restore_leaves(indices: PyTree, leaves: list[Any], saved: Any, path: str) -> None:
+    """Replaces the leaves of the template by the saved ones."""
     if isinstance(indices, dict):
         _check_keys(indices, saved, path)
         for key, child in indices.items():
-            yield from _restore_leaves(child, leaves, saved[key], f"{path}/{key}")
+            _restore_leaves(child, leaves, saved[key], f"{path}/{key}")
     elif indices is not None:
-        yield int(indices), _restore_leaf(leaves[int(indices)], saved, path)
+        leaves[int(indices)] = _restore_leaf(leaves[int(indices)], saved, path)
     elif saved is not None:
         raise ValueError(f"{path}: expected None, got {describe(saved)}")
 
@@ -126,7 +124,7 @@ def _restore_leaf(leaf: Any, saved: Leaf, path: str) -> jax.Array:
 
 
 def _key_impl(key: Any) -> Any:
-    """Returns the implementation of a PRNG key. That of an abstract key is known only inside a trace."""
+    """Returns the implementation of a PRNG key. jax tells that of an abstract key only while tracing."""
     found: list[Any] = []
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
     return found[0]
@@ -134,20 +132,20 @@ def _key_impl(key: Any) -> Any:
 
 def _restore_count(template: Any, saved: Any, path: str) -> Any:
     shape = np.shape(template)
-    count = np.asarray(saved if _is_number(saved) else "")
-    # Python's integers past 64 bits are objects to NumPy. The shape is compared first, because a hostile
-    # state may hold many of them.
+    count = np.asarray(saved) if _is_number(saved) else np.empty(())
+    # Integers past 64 bits are objects to NumPy. The shape comes first, so that a hostile state with
+    # millions of them is refused at once.
     if count.shape != shape or not (count.dtype.kind in "iu" or all(type(x) is int for x in count.flat)):
         expected = f"integers of shape {list(shape)}" if shape else "an integer"
         raise ValueError(f"{path}: expected {expected}, got {describe(saved)}")
     if any(not 0 <= x <= INT32_MAX for x in count.flat):
         raise ValueError(f"{path}: expected 0 to 2**31-1, got {saved}")
-    sharding = sharding_of(template)
-    count = count.astype(np.int32)
+    sharding, count = sharding_of(template), count.astype(np.int32)
     return count if sharding is None else jax.device_put(count, sharding)
 
 
 def _is_number(x: Any) -> bool:
+    """Whether this is a number or an array, so that NumPy makes no array of strings or lists."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
 
 

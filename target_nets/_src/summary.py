@@ -1,4 +1,4 @@
-"""The one line that `repr` gives of a target."""
+"""The one-line repr of a target."""
 
 import math
 
@@ -12,7 +12,7 @@ from target_nets._src.trees import describe
 
 def summarize(name: str, settings: Settings, state: State) -> str:
     """Returns class, step, settings, and the number of arrays, parameters and bytes."""
-    averaged, step_size = settings.rule.averaged, settings.rule.step_size
+    averaged, step_size = settings.plan.averaged, settings.plan.step_size
     parts: dict[str, object] = {"step": state.step}
     if settings.skip_nonfinite:
         parts["skipped"] = state.skipped
@@ -23,11 +23,12 @@ def summarize(name: str, settings: Settings, state: State) -> str:
         parts["averaged"] = f"{sum(averaged)} of {len(averaged)}"
     parts |= {switch: True for switch in ("compensated", "donate") if getattr(settings, switch)}
     params, errors = jax.tree.leaves(state.params), jax.tree.leaves(state.compensation)
-    both = [*params, *errors]
-    if all(hasattr(x, "shape") and hasattr(x, "dtype") for x in both):  # jax and nnx pass stand-ins, too
+    arrays = [*params, *errors]
+    # While jax or nnx rebuild a tree, its leaves may be placeholders without a shape.
+    if all(hasattr(x, "shape") and hasattr(x, "dtype") for x in arrays):
         parts["arrays"] = len(params)
         parts["parameters"] = sum(math.prod(x.shape) for x in params)
-        parts["bytes"] = sum(math.prod(x.shape) * x.dtype.itemsize for x in both)
+        parts["bytes"] = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     return f"{name}({', '.join(f'{key}={_brief(value)}' for key, value in parts.items())})"
 
 

@@ -1,4 +1,4 @@
-"""What both classes share: the state and its methods. They differ only in how they are made."""
+"""The base class of both targets: its state, its methods, and its registration as a pytree."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -20,18 +20,11 @@ P = TypeVar("P")
 
 @attrs.define(eq=False, init=False, repr=False)
 class Target(Generic[P]):
-    """A slow copy of a model's parameters and the count of its updates.
-
-    Attributes:
-      _settings: What is fixed when the target is made.
-      _state: What updates replace, always as a whole. Each method reads it once, since another thread
-        may replace it meanwhile.
-      _trace: The trace that the target was made in. Only there it may be changed in place.
-    """
+    """A slow copy of a model's parameters and a counter of its updates."""
 
     _settings: Settings
-    _state: State
-    _trace: trace.Trace = attrs.field(factory=trace.current_trace)
+    _state: State  # each method reads it only once, since another thread may replace it
+    _trace: trace.Trace = attrs.field(factory=trace.current_trace)  # where it may be changed in place
 
     if TYPE_CHECKING:  # attrs writes this method
 
@@ -39,11 +32,12 @@ class Target(Generic[P]):
 
     @property
     def params(self) -> P:
-        """The slow copy: structure, shapes and dtypes of the online parameters.
+        """The slow copy, with the structure, shapes and dtypes of the parameters it was made of.
 
-        If the slow copy is stored in other dtypes, it is cast on reading, in one compiled call.
-        Otherwise these are the target's own arrays. To train on from them, copy them before an update
-        donates them.
+        If it is stored in other dtypes, it is cast on reading, in one compiled call. Otherwise these are
+        the target's own arrays. To train on from them, copy them: your train step may donate them, and
+        with `donate=True` the next update does. An abstract target, from `jax.eval_shape`, has abstract
+        parameters.
 
         Example:
           >>> import jax.numpy as jnp
@@ -52,14 +46,15 @@ class Target(Generic[P]):
           >>> target.params  # stored in float32, read in bfloat16
           {'w': Array([0, 0], dtype=bfloat16)}
         """
-        return views.read_params(self._state.slow, self._settings.dtypes)
+        return views.read_params(self._state, self._settings)
 
     @property
     def step(self) -> Count:
-        """How many updates so far: a 0-d int32 array, on the host until it has been through jit.
+        """How many updates so far: a 0-d int32 array.
 
-        The next eager update brings it back to the host. It stays within int32: after the largest
-        multiple of the update period up to 2**31-1 it goes back by one period.
+        It is a NumPy array. After the target has been through jit it is a jax array, until the next
+        eager update. It stays within int32: after the largest multiple of the update period up to
+        2**31-1 it goes back by one period.
 
         Example:
           >>> from target_nets import PeriodicTarget
@@ -70,21 +65,25 @@ class Target(Generic[P]):
         return self._state.step
 
     def update(self, online_params: P) -> Self:
-        """Counts an update and, where one is due, changes the slow copy. In place.
+        """Counts an update in place and, at every `update_period`-th one, changes the slow copy.
 
-        Everyone who holds this target sees the change. `updated` returns a new target instead.
+        Everyone who holds this target sees the change. `updated` returns a new target instead. The
+        parameters are compared with the slow copy at the first update and whenever they are read. If an
+        error is raised, the target is as it was before.
 
         Args:
-          online_params: The online parameters, with the structure and shapes of `params`.
+          online_params: The online parameters, with the structure and shapes of `params`. The kind of a
+            leaf may be narrower than that of the slow copy (bool < int < float < complex).
 
         Returns:
-          The target itself, so that it composes in a scan body.
+          The target itself, so that calls can be chained, and returned from the body of a scan.
 
         Raises:
-          ValueError: A structure or shape differs.
-          TypeError: A leaf is no number, or of a wider kind than that of the slow copy.
+          ValueError: The structures or the shapes of two leaves differ, or `vmap` has batched the
+          target.
+          TypeError: A leaf is not an array or a number, its kind is wider than that of the slow copy, or
+            the target is abstract.
           RuntimeError: The target was not passed into the jax transformation that is running.
-          Whatever is raised, the target is as it was before.
 
         Example:
           >>> from target_nets import EMATarget
@@ -93,23 +92,22 @@ class Target(Generic[P]):
           {'w': Array(0.5, dtype=float32)}
         """
         self._check_trace("update")
-        self._state = update.advance(
-            self._state, online_params, self._settings, donate=self._settings.donate
-        )
+        donate = self._settings.donate
+        self._state = update.advance(self._state, online_params, self._settings, donate=donate)
         return self
 
     def updated(self, online_params: P) -> Self:
         """Returns a new target after one more update. This one stays as it was.
 
-        This is a pure function of the target and the online parameters. Use it in code of a functional
-        style, in which the old state may be read again: before a rollback, or in a branch of `lax.cond`
-        that closes over the state. Inside jit it costs what `update` costs.
+        This is a pure function of the target and the online parameters, and may be called anywhere. Use
+        it where the old target is read again: after the update, to roll a step back, or in a branch of
+        `lax.cond` that closes over it. Inside jit it costs what `update` costs.
 
         Args:
-          online_params: The online parameters, with the structure and shapes of `params`.
+          online_params: The online parameters, as for `update`.
 
         Returns:
-          The new target. With `donate` it shares no memory with this one.
+          The new target. With `donate=True` the slow copies of both targets share no memory.
 
         Raises:
           ValueError, TypeError: As `update` does.
@@ -124,17 +122,20 @@ class Target(Generic[P]):
         old = self._state
         new = update.advance(old, online_params, self._settings, donate=False)
         if self._settings.donate and new.params is old.params and not isinstance(new.step, Tracer):
-            # No averaging was due. A later update of either target must not donate the other's memory.
+            # No averaging was due, so both targets hold the same arrays. If one target donated them
+            # later, the other would lose them.
             new = new._replace(**copy_to_own_buffers(new.slow)._asdict())
         return make_target(type(self), self._settings, new)
 
     def sync(self, online_params: P) -> Self:
-        """Copies all online parameters now, whatever the period, the mask and the values. In place.
+        """Copies all online parameters now, in place.
 
-        `step` stays, and the rounding errors that `compensated` keeps are cleared.
+        The period, the mask and `skip_nonfinite` do not matter. `step` and `skipped` stay, and the
+        rounding errors of `compensated` are cleared. A population, which `vmap` has batched, is copied
+        as a whole.
 
         Args:
-          online_params: The online parameters, with the structure and shapes of `params`.
+          online_params: The online parameters, as for `update`.
 
         Returns:
           The target itself.
@@ -154,13 +155,13 @@ class Target(Generic[P]):
         return self
 
     def distance(self, online_params: P) -> jax.Array:
-        """How far the slow copy lags behind: the global L2 norm of online - slow.
+        """Returns how far the slow copy lags behind: the global L2 norm of online - slow.
 
         Args:
-          online_params: The online parameters, with the structure and shapes of `params`.
+          online_params: The online parameters, as for `update`.
 
         Returns:
-          A scalar over all inexact leaves, float32 or wider.
+          A scalar over all inexact leaves, float32 or wider, on the device.
 
         Raises:
           ValueError, TypeError: As `update` does.
@@ -177,25 +178,24 @@ class Target(Generic[P]):
         return summary.summarize(type(self).__name__, self._settings, self._state)
 
     def _check_trace(self, method: str) -> None:
-        """Raises if a change in place would be lost, or would leak out of a transformation."""
+        """Raises if a change in place would be lost, or would leak a tracer."""
         if self._trace != trace.current_trace():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: this target was made outside of the function that jax "
-                "is transforming here (jit, scan, vmap, cond, grad, ...). A change in place would be "
-                "lost, or would leak a tracer. Pass the target into that function as an argument and "
-                f"return it, or use `updated`, which returns a new target. In a loss, take the gradient "
-                "first and update the target outside."
+                "is transforming (jit, scan, vmap, cond, grad, ...), so the change would be lost. Pass "
+                "the target into that function as an argument and return it, or call `updated`, which "
+                "returns a new target. In a loss, take the gradient first and update after it."
             )
 
     def __copy__(self) -> Self:
-        # Counters on the host stay there: nobody can write to them.
+        # Counters that are NumPy arrays are read-only, so that both targets can hold them.
         return jax.tree.map(lambda x: copy_to_own_buffers(x) if isinstance(x, jax.Array) else x, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.__copy__()
 
     def __getstate__(self) -> tuple[Settings, State]:
-        """Returns all that a target is: what a pickle, a pytree and a state dict are made of."""
+        """Returns all that a target holds. Pickles, pytrees and state dicts are made of it."""
         return self._settings, self._state
 
     def __setstate__(self, fields: tuple[Settings, State]) -> None:
@@ -206,17 +206,17 @@ AnyTarget = TypeVar("AnyTarget", bound=Target[Any])
 
 
 def make_target(target_class: type[AnyTarget], settings: Settings, state: State) -> AnyTarget:
-    """Makes a target of what `__getstate__` returns. It checks nothing."""
+    """Makes a target of what `__getstate__` returns, without any check."""
     target = object.__new__(target_class)
     target.__setstate__((settings, state))
     return target
 
 
-# As jax pytrees with named keys, and as data of flax.nnx
+# Registration
 
 
 def register_pytree(target_class: type[Target[Any]]) -> None:
-    """Registers a class of targets."""
+    """Registers a class as a jax pytree with named keys, and as data that an nnx object may hold."""
     unflatten = partial(_unflatten, target_class)
     jax.tree_util.register_pytree_with_keys(target_class, _flatten_with_keys, unflatten, _flatten)
     nnx.register_data_type(target_class)
@@ -235,6 +235,6 @@ def _flatten(target: Target[Any]) -> tuple[list[PyTree], Settings]:
 def _unflatten(
     target_class: type[Target[Any]], settings: Settings, children: Iterable[PyTree]
 ) -> Target[Any]:
-    """Checks nothing, since jax may pass anything as a child."""
+    # Nothing is checked, since jax may pass anything as a child.
     state = State(**dict(zip(settings.child_names, children, strict=True)))
     return make_target(target_class, settings, state)

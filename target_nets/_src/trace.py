@@ -1,4 +1,4 @@
-"""Which of jax's transformations is running: the one place that asks jax for it."""
+"""Whether a jax transformation is running, and which one. No other file asks jax for it."""
 
 from typing import TypeAlias
 
@@ -9,9 +9,11 @@ try:
 except ImportError:  # before jax 0.10
     from jax.core import get_opaque_trace_state as current_trace
 
-Trace: TypeAlias = object  # it has no public type; two of them are equal within one and the same trace
+Trace: TypeAlias = (
+    object  # jax has no public type for it; two of them are equal if the trace is the same
+)
 
-with eval_context():  # the first import of the package may happen inside a traced function
+with eval_context():  # the package may be imported for the first time inside a traced function
     EAGER: Trace = current_trace()
 
 

@@ -1,11 +1,9 @@
-"""The rules over whole trees, one compiled call each.
+"""The rules over whole trees. Each is one compiled call.
 
-`move` is the rule of both classes and of `incremental_update` and `periodic_update`.
+Both classes, `incremental_update` and `periodic_update` use `apply_plan`.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,99 +11,100 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from target_nets._src import arithmetic, checks, dtypes, placement, trees
-from target_nets._src.state import (
-    COPY_ALL,
-    Count,
-    Rule,
-    Schedule,
-    SlowCopy,
-    compensation_leaves,
-    next_count,
-)
+from target_nets._src.state import COPY_ALL, Count, Plan, SlowCopy, next_count
 from target_nets._src.trees import Names, PyTree, Tree
 
-Result = TypeVar("Result")
-
-TENSORS = Names("new_tensors", "old_tensors")
-UPDATES = Names("updates", "params")
+TENSOR_NAMES = Names("new_tensors", "old_tensors")
+UPDATE_NAMES = Names("updates", "params")
 
 
-def move(
+def apply_plan(
+    plan: Plan,
     online: PyTree,
     slow: SlowCopy,
-    rule: Rule,
     names: Names,
     *,
     skipped: Count | None = None,
     step_size: ArrayLike | None = None,
-    n: Count | None = None,
+    due_before: Count | None = None,
     donate: bool = False,
 ) -> tuple[SlowCopy, Count | None]:
     """Averages or copies all leaves, in one compiled call.
 
     Args:
+      plan: Which leaves to average, and the step size if it is a number or a schedule.
       online: The online parameters.
       slow: The slow copy, of the same structure and shapes.
-      rule: Which leaves to average, and the step size if it is a number or a schedule.
-      names: What to call both trees in messages.
-      skipped: How many averagings were skipped so far, if nonfinite online parameters are to be skipped.
-      step_size: The step size, if it is an array.
-      n: How many averagings were due before this one, if the step size is a schedule.
+      names: The names of both trees in error messages.
+      skipped: How many averagings were skipped so far. None without `skip_nonfinite`.
+      step_size: The step size if it is an array, else None.
+      due_before: How many averagings were due before this one. Only schedules need it.
       donate: Whether to reuse the memory of the slow copy.
 
     Returns:
       The new slow copy and the new count of skipped averagings.
     """
-    online, compiled = trees.jit_argument(online), _donating_move if donate else _move
-    return trees.naming_leaves(
-        lambda: compiled(online, slow, skipped, step_size, n, rule=rule, names=names),
-        (online, slow.params),
+    online = trees.jit_argument(online)
+    compiled = _compiled_donating if donate else _compiled
+    return trees.call_naming_leaves(
+        lambda: compiled(online, slow, skipped, step_size, due_before, plan=plan, names=names),
+        online,
+        slow.params,
         names,
     )
 
 
+def apply_plan_to_tensors(
+    plan: Plan, new: PyTree, old: Tree, step_size: ArrayLike | None = None
+) -> Tree:
+    """Averages or copies all leaves of two plain trees."""
+    slow = SlowCopy(trees.jit_argument(old))
+    return apply_plan(plan, new, slow, TENSOR_NAMES, step_size=step_size)[0].params
+
+
 def copy_if_due(new: PyTree, old: Tree, steps: ArrayLike, period: ArrayLike) -> Tree:
-    """Copies all leaves if the number of steps is a multiple of the period. The device decides."""
-    new = trees.jit_argument(new)
-    return trees.naming_leaves(lambda: _copy_if_due(new, old, steps, period), (new, old), TENSORS)
+    """Copies all leaves if the number of steps is a multiple of the period. The device decides it."""
+    new, old = trees.jit_argument(new), trees.jit_argument(old)
+    return trees.call_naming_leaves(
+        lambda: _copy_if_due(new, old, steps, period), new, old, TENSOR_NAMES
+    )
 
 
 def add(updates: PyTree, params: Tree) -> Tree:
     """Adds the updates to the parameters."""
-    updates = trees.jit_argument(updates)
-    return trees.naming_leaves(lambda: _add(updates, params), (updates, params), UPDATES)
+    updates, params = trees.jit_argument(updates), trees.jit_argument(params)
+    return trees.call_naming_leaves(lambda: _add(updates, params), updates, params, UPDATE_NAMES)
 
 
-# What is compiled
+# Compiled functions
 
 
-def _move_leaves(
+def _apply_to_leaves(
     online: PyTree,
     slow: SlowCopy,
     skipped: jax.Array | None,
     step_size: jax.Array | None,
-    n: jax.Array,
+    due_before: jax.Array,
     *,
-    rule: Rule,
+    plan: Plan,
     names: Names,
 ) -> tuple[SlowCopy, jax.Array | None]:
     pairs, treedef = trees.zip_leaves(online, slow.params, names)
-    averaged = rule.averaged if isinstance(rule.averaged, tuple) else [rule.averaged] * len(pairs)
-    rate = rule.step_size if step_size is None else step_size
-    if callable(rate):
-        rate = _call_schedule(rate, n, skipped)
-    lerp, compensated_lerp = (
-        _trace_once(arithmetic.lerp, rate),
-        _trace_once(arithmetic.compensated_lerp, rate),
-    )
+    averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
+    rate = _step_size_now(plan, step_size, due_before, skipped)
+    # Compiled by themselves, so that all leaves of one shape and dtype share one trace.
+    lerp = jax.jit(partial(arithmetic.lerp, step_size=rate))
+    compensated_lerp = jax.jit(partial(arithmetic.compensated_lerp, step_size=rate))
     finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
 
-    moved: list[tuple[jax.Array, jax.Array | None]] = []
-    for (new, old), old_error, average in zip(pairs, compensation_leaves(slow), averaged, strict=True):
-        new = placement.shard_as(new, old)
+    results: list[tuple[jax.Array, jax.Array | None]] = []
+    for (new, old), old_error, average in zip(pairs, slow.errors(), averaged, strict=True):
+        new = placement.match_explicit_sharding(new, old)
         new = new if finite is None else arithmetic.zero_unless(finite, new)
         value, error = before = placement.to_device_memory((old, old_error))
-        if not average:  # zeros that are computed from the error are also sharded as it is
+        if (
+            not average
+        ):  # an error is always finite, and zeros that are computed from it keep its sharding
             after = arithmetic.copy(new, value), None if error is None else error - error
         elif error is None:
             after = lerp(new, value), None
@@ -113,44 +112,49 @@ def _move_leaves(
             after = compensated_lerp(new, value, error)
         if finite is not None:
             after = jax.tree.map(partial(lax.select, finite), after, before)
-        moved.append(placement.to_memory_of(old, after))
+        results.append(placement.match_memory(after, old))
 
     if skipped is not None and finite is not None:
         skipped = jnp.where(finite, skipped, next_count(skipped, 1))
-    errors = [error for _, error in moved]
+    errors = [error for _, error in results]
     compensation = None if slow.compensation is None else treedef.unflatten(errors)
-    return SlowCopy(treedef.unflatten([value for value, _ in moved]), compensation), skipped
+    return SlowCopy(treedef.unflatten([value for value, _ in results]), compensation), skipped
 
 
-_move = jax.jit(_move_leaves, static_argnames=("rule", "names"))
-# A copy does not read the slow copy. Its memory is reused only if it stays an argument all the same.
-_donating_move = jax.jit(
-    _move_leaves, static_argnames=("rule", "names"), donate_argnames="slow", keep_unused=True
+_compiled = jax.jit(_apply_to_leaves, static_argnames=("plan", "names"))
+# A copy does not read the slow copy, and jit drops arguments that are not read. Then it could not reuse
+# their memory.
+_compiled_donating = jax.jit(
+    _apply_to_leaves, static_argnames=("plan", "names"), donate_argnames="slow", keep_unused=True
 )
 
 
-def _call_schedule(schedule: Schedule, n: jax.Array, skipped: jax.Array | None) -> jax.Array:
-    """Returns the step size after the averagings that were done: those due less those skipped."""
-    step_size = schedule(n if skipped is None else jnp.maximum(n - skipped, 0))
+def _step_size_now(
+    plan: Plan, step_size: jax.Array | None, due_before: jax.Array, skipped: jax.Array | None
+) -> ArrayLike:
+    """Returns the step size of this averaging: an array, a number, or what the schedule returns."""
+    if step_size is not None:
+        return step_size
+    if not callable(plan.step_size):
+        return plan.step_size or 0.0  # None if no leaf is averaged
+    # Skipped averagings do not advance a schedule. They may outnumber those that were due, since only
+    # the count of updates goes back at the end of int32.
+    done_before = due_before if skipped is None else jnp.maximum(due_before - skipped, 0)
+    rate = plan.step_size(done_before)
     name, kinds = "step_size, as the schedule returned it", (dtypes.Kind.INTEGER, dtypes.Kind.FLOAT)
-    checks.check_scalar(name, step_size, "a real scalar", *kinds)
-    return jnp.asarray(step_size)
-
-
-def _trace_once(leaf_rule: Callable[..., Result], step_size: ArrayLike | None) -> Callable[..., Result]:
-    """Returns the rule for a leaf at a step size. All leaves of one shape share one trace of it."""
-    return jax.jit(partial(leaf_rule, step_size=step_size))
+    checks.check_scalar(name, rate, "a real scalar", *kinds)
+    return jnp.asarray(rate)
 
 
 @jax.jit
 def _copy_if_due(new: PyTree, old: PyTree, steps: jax.Array, period: jax.Array) -> PyTree:
-    is_due = steps % jnp.maximum(period, 1) == 0
-    return lax.cond(is_due, lambda: move(new, SlowCopy(old), COPY_ALL, TENSORS)[0].params, lambda: old)
+    is_due = steps % jnp.maximum(period, 1) == 0  # a traced period cannot raise: it counts as 1
+    return lax.cond(is_due, lambda: apply_plan_to_tensors(COPY_ALL, new, old), lambda: old)
 
 
 @jax.jit
 def _add(updates: PyTree, params: PyTree) -> PyTree:
-    pairs, treedef = trees.zip_leaves(updates, params, UPDATES)
+    pairs, treedef = trees.zip_leaves(updates, params, UPDATE_NAMES)
     for index, (_, param) in enumerate(pairs):
         if dtypes.is_key(param.dtype):
             raise TypeError(f"updates{trees.leaf_path(updates, index)}: a PRNG key takes no update")

@@ -13,18 +13,18 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from target_nets._src import dtypes
 
-PyTree: TypeAlias = Any  # jax's annotations have no type for a tree, a treedef or a key path
+PyTree: TypeAlias = Any  # jax has no public type for a tree, a treedef or a key path
 TreeDef: TypeAlias = Any
 KeyPath: TypeAlias = tuple[Any, ...]
-Leaf: TypeAlias = Any  # whatever a user passes, before it is checked
+Leaf: TypeAlias = Any  # whatever the user passes, before it is checked
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 
-_CONFIG: Any = jax.config  # its settings are missing from jax's annotations
+_CONFIG: Any = jax.config  # jax's annotations do not list its settings
 
 
 class Names(NamedTuple):
-    """What the caller calls the new and the old tree, for messages."""
+    """The names of the new and the old tree in error messages, as the caller knows them."""
 
     new: str
     old: str
@@ -38,9 +38,11 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
     new_leaves, treedef = jax.tree.flatten(new)
     old_leaves, old_treedef = jax.tree.flatten(old)
     if treedef != old_treedef:
-        # A None may be meant (see `copy_nones`), so any other difference is reported first.
-        first = min(_differences(new, old, ()), key=lambda difference: difference.new == "None")
-        raise ValueError(_mismatch(names, keystr(first.path), first.new, first.old)) from None
+        # A None may be intended (see `copy_nones`), so any other difference is reported first.
+        path, got, expected = min(
+            _differences(new, old, ()), key=lambda difference: difference[1] == "None"
+        )
+        raise ValueError(_mismatch(names, keystr(path), got, expected)) from None
     pairs = list(zip(new_leaves, old_leaves, strict=True))
     for index, (x, y) in enumerate(pairs):
         if (error := find_misfit(x, y)) is not None:
@@ -48,23 +50,23 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
     return pairs, treedef
 
 
-def naming_leaves(call: Callable[[], Result], trees: tuple[PyTree, PyTree], names: Names) -> Result:
-    """Calls a compiled function with two trees, and names the leaf where jit refuses an argument.
+def call_naming_leaves(call: Callable[[], Result], new: PyTree, old: PyTree, names: Names) -> Result:
+    """Calls a compiled function of two trees. If jit refuses a leaf, the error names its key path.
 
-    jit converts its arguments before it traces the function, and its own errors give no key path.
+    jit converts the leaves before it traces the function, so `zip_leaves` inside comes too late.
     """
     try:
         return call()
-    except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot hold
-        zip_leaves(*trees, names)
+    except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot represent
+        zip_leaves(new, old, names)
         raise
 
 
 def jit_argument(tree: Tree) -> Tree:
-    """Returns a tree that can be passed to a compiled function.
+    """Returns the tree as an argument for a compiled function.
 
-    NumPy arrays are copied, since jax may read them after the call has returned, or share their memory.
-    With jit disabled all leaves become jax arrays, as jit itself would make them.
+    NumPy arrays are copied: jax may still read them after the call has returned, and it may use their
+    memory as its own. If jit is disabled, all leaves become jax arrays, as jit itself would make them.
     """
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, np.ndarray):
@@ -77,13 +79,13 @@ def copy_nones(tree: PyTree, reference: PyTree) -> PyTree:
     """Returns the tree with None wherever the reference holds None, as optax's functions do."""
     if jax.tree.structure(tree) != jax.tree.structure(reference):
         is_none = partial(operator.is_, None)
-        with suppress(ValueError):  # the trees differ elsewhere, too, and `zip_leaves` will say where
+        with suppress(ValueError):  # the trees also differ elsewhere, and `zip_leaves` will say where
             return jax.tree.map(lambda r, x: None if r is None else x, reference, tree, is_leaf=is_none)
     return tree
 
 
 def check_arrays(tree: PyTree, name: str) -> None:
-    """Raises a TypeError if a leaf is no array."""
+    """Raises a TypeError if a leaf is not an array or a number."""
     for index, leaf in enumerate(jax.tree.leaves(tree)):
         if array_type(leaf) is None:
             raise TypeError(f"{name}{leaf_path(tree, index)}: expected an array, got {describe(leaf)}")
@@ -103,12 +105,12 @@ def named_children(tree: PyTree) -> dict[str, PyTree]:
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether jax takes an object for a leaf, not for a node. None is a node."""
+    """Whether jax treats an object as a leaf. None is a node."""
     return jax.tree_util.all_leaves([x])
 
 
 def array_type(x: Leaf) -> Any:
-    """Returns what tells the shape and dtype of a leaf that jax computes with, or None for any other."""
+    """Returns an object with the shape and dtype of a leaf, or None if jax cannot compute with it."""
     if isinstance(x, jax.Array):
         return x
     try:
@@ -119,25 +121,24 @@ def array_type(x: Leaf) -> Any:
 
 
 def describe(x: Any) -> str:
-    """Returns what a message calls a leaf or a node, such as `float32[3, 4]` or `dict`."""
+    """Returns how a message describes a leaf or a node, such as `float32[3, 4]` or `dict`."""
     if x is None:
         return "None"
-    known = x if isinstance(x, np.ndarray | np.generic) else array_type(x) if is_leaf(x) else None
+    # A NumPy array is described as it is. jax would show the dtype that it converts it to.
+    is_numpy = isinstance(x, np.ndarray | np.generic)
+    known = x if is_numpy else array_type(x) if is_leaf(x) else None
     return type(x).__name__ if known is None else f"{known.dtype}{list(known.shape)}"
 
 
 def find_misfit(new: Leaf, old: Leaf) -> type[Exception] | None:
-    """Returns the error to raise where a new leaf cannot replace an old one, or None if it can."""
-    new_type, old_type = (
-        array_type(new),
-        old if isinstance(old, jax.ShapeDtypeStruct) else array_type(old),
-    )
+    """Returns the error to raise if an old leaf cannot take the value of a new one, else None."""
+    new_type, old_type = array_type(new), array_type(old)
     if new_type is None or old_type is None:
         return TypeError
     if dtypes.is_key(old_type.dtype) and new_type.dtype != old_type.dtype:
         return TypeError  # a number, or a key of another implementation
     new_kind, old_kind = dtypes.kind_of(new_type.dtype), dtypes.kind_of(old_type.dtype)
-    if new_kind is None or old_kind is None or new_kind > old_kind:  # float0 has no kind
+    if new_kind is None or old_kind is None or new_kind > old_kind:  # None: float0, a zero tangent
         return TypeError
     return None if new_type.shape == old_type.shape else ValueError
 
@@ -145,29 +146,22 @@ def find_misfit(new: Leaf, old: Leaf) -> type[Exception] | None:
 # Where two trees differ
 
 
-class _Difference(NamedTuple):
-    """A place where two trees differ, and what each of them holds there."""
-
-    path: KeyPath
-    new: str
-    old: str
-
-
-def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[_Difference]:
+def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[tuple[KeyPath, str, str]]:
+    """Yields key paths, with a description of what the new and the old tree hold there."""
     if is_leaf(new) and is_leaf(old):
         return
     (new_children, new_node), (old_children, old_node) = _children(new), _children(old)
     if type(new) is not type(old):
-        yield _Difference(path, describe(new), describe(old))
+        yield path, describe(new), describe(old)
     elif new_children.keys() != old_children.keys():
         for key in old_children | new_children:
             if (key in new_children) != (key in old_children):
                 both = new_children, old_children
                 got, expected = (describe(c[key]) if key in c else "nothing" for c in both)
-                yield _Difference((*path, *key), got, expected)
+                yield (*path, *key), got, expected
     elif new_node != old_node:
         static = f"{describe(new)} with other static data (settings, or train or eval mode)"
-        yield _Difference(path, static, describe(old))
+        yield path, static, describe(old)
     else:
         for key in old_children:
             yield from _differences(new_children[key], old_children[key], (*path, *key))

@@ -1,4 +1,4 @@
-"""One update: count it and, where one is due, average the slow copy in one compiled call."""
+"""One update of a target: count it and, where one is due, average the slow copy in one compiled call."""
 
 from functools import partial
 
@@ -7,9 +7,19 @@ from jax import lax
 from jax.core import Tracer
 
 from target_nets._src import placement, trace, trees
-from target_nets._src import state as states
-from target_nets._src.state import COPY_ALL, Count, Rule, Settings, SlowCopy, State
-from target_nets._src.tree_rules import move
+from target_nets._src.state import (
+    COPY_ALL,
+    Count,
+    Plan,
+    Settings,
+    SlowCopy,
+    State,
+    check_is_not_abstract,
+    check_is_one_target,
+    host_count,
+    next_count,
+)
+from target_nets._src.tree_rules import apply_plan
 from target_nets._src.trees import PyTree
 
 NAMES = trees.Names("online_params", "the slow copy")
@@ -17,51 +27,63 @@ NAMES = trees.Names("online_params", "the slow copy")
 
 def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -> State:
     """Returns the state after one more update. With `donate` the old slow copy can no longer be read."""
-    states.check_is_one_target(state, "update")
+    check_is_one_target(state, "update")
     if isinstance(state.step_size, jax.ShapeDtypeStruct):
         raise TypeError(
-            "update: the step size is abstract and was not saved; restore into a target with it"
+            "update: the step size is abstract, since checkpoints do not hold it; restore into a target "
+            "that has a step size"
         )
-    rule, period, slow, skipped = settings.rule, settings.update_period, state.slow, state.skipped
-    if isinstance(state.step, Tracer):
-        step = states.next_count(state.step, period)
-        average = partial(_move, state, online, rule, step // period - 1, donate)
-        if period == 1:
-            slow, skipped = average()
-        else:
-            slow, skipped = lax.cond(step % period == 0, average, lambda: (slow, skipped))
-        return state.after(slow, step, skipped)
-    # A step that has been through jit is on the device. Reading it in Python waits for it, once.
-    step = states.next_count(int(state.step), period)
+    is_traced = isinstance(state.step, Tracer)
+    return (_advance_traced if is_traced else _advance_counted)(state, online, settings, donate)
+
+
+def _advance_traced(state: State, online: PyTree, settings: Settings, donate: bool) -> State:
+    """An update inside a transformation that traces the step: the device decides whether one is due."""
+    period = settings.update_period
+    step = next_count(state.step, period)
+    average = partial(_apply_in_place, settings.plan, online, state, step // period - 1, donate)
+    if period == 1:
+        slow, skipped = average()
+    else:
+        slow, skipped = lax.cond(step % period == 0, average, lambda: (state.slow, state.skipped))
+    return state.after_update(slow, step, skipped)
+
+
+def _advance_counted(state: State, online: PyTree, settings: Settings, donate: bool) -> State:
+    """An update whose step Python knows: between two averagings nothing runs on the device."""
+    period, plan = settings.update_period, settings.plan
+    # After jit the step is on the device. `int` waits for the device, once: the new step is on the host.
+    step = next_count(int(state.step), period)
+    slow, skipped = state.slow, state.skipped
     if step % period == 0:
-        # Only schedules need n. In eager Python it is a transfer to the device.
-        n = states.host_count(step // period - 1) if callable(rule.step_size) else None
-        slow, skipped = _move(state, online, rule, n, donate)
-    elif not state.is_checked:
+        # Only schedules need the count, and it takes time to send it to the device.
+        due_before = host_count(step // period - 1) if callable(plan.step_size) else None
+        slow, skipped = _apply_in_place(plan, online, state, due_before, donate)
+    elif not state.structure_checked:
         trees.zip_leaves(online, slow.params, NAMES)
-    return state.after(slow, states.host_count(step), skipped)
+    return state.after_update(slow, host_count(step), skipped)
 
 
 def sync(state: State, online: PyTree, *, donate: bool) -> State:
-    """Returns the state after a copy of all leaves. The counters stay as they are."""
-    states.check_is_not_abstract(state, "sync")
-    slow, _ = _move(state._replace(skipped=None), online, COPY_ALL, None, donate)
-    return state.after(slow, state.step, state.skipped)
+    """Returns the state after a copy of all leaves, also of nonfinite ones. The counters stay."""
+    check_is_not_abstract(state, "sync")
+    slow, _ = _apply_in_place(COPY_ALL, online, state._replace(skipped=None), None, donate)
+    return state.after_update(slow, state.step, state.skipped)
 
 
-def _move(
-    state: State, online: PyTree, rule: Rule, n: Count | None, donate: bool
+def _apply_in_place(
+    plan: Plan, online: PyTree, state: State, due_before: Count | None, donate: bool
 ) -> tuple[SlowCopy, Count | None]:
-    """Applies the rule where the slow copy is, and leaves the results there."""
-    online, slow = placement.place_as(online, state.params), state.slow
-    after, skipped = move(
+    """Applies a plan where the slow copy is placed, and leaves the results there."""
+    online = placement.match_shardings(online, state.params)
+    slow, skipped = apply_plan(
+        plan,
         online,
-        slow,
-        rule,
+        state.slow,
         NAMES,
         skipped=state.skipped,
         step_size=state.step_size,
-        n=n,
-        donate=donate and trace.is_eager(),
+        due_before=due_before,
+        donate=donate and trace.is_eager(),  # inside a transformation that is up to the user's jit
     )
-    return placement.link_shardings(after, slow), skipped
+    return placement.link_shardings(slow, state.slow), skipped
