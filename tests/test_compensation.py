@@ -243,6 +243,8 @@ def test_distance_and_params_include_the_compensation() -> None:
     value, error = jnp.ones(1), jnp.full(1, -(2.0**-26))
     target = make_target(value, error, 0.5)
     assert target.distance({"w": jnp.ones(1)}) == 2.0**-26
+    nearby = {"w": jnp.full(1, 1 - 2.0**-20)}
+    np.testing.assert_allclose(target.distance(nearby), 2.0**-20 - 2.0**-26, rtol=1e-6)
     coarse = make_target(
         jnp.ones(1, jnp.bfloat16), jnp.full(1, 2.0**-10, jnp.bfloat16), 0.5, accumulator_dtype="bfloat16"
     )

@@ -1,9 +1,11 @@
 """Copies and pickles share no buffer with the target; repr is one short line."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,16 +79,26 @@ def test_a_copy_has_step_and_parameters_of_the_same_update() -> None:
         assert twin.step == twin.params["w"][0] == step
 
 
-def test_targets_are_compared_by_identity() -> None:
+BOTH_CLASSES: dict[str, Callable[[Any], Any]] = {
+    "ema": lambda params: EMATarget(params, 0.5),
+    "periodic": lambda params: PeriodicTarget(params, 3),
+}
+
+
+@pytest.mark.parametrize("make", BOTH_CLASSES.values(), ids=BOTH_CLASSES)
+def test_targets_are_compared_by_identity(make: Callable[[Any], Any]) -> None:
     params = {"w": jnp.zeros(2)}
-    target = EMATarget(params, 0.5)
+    target = make(params)
     assert target == target
-    assert target != EMATarget(params, 0.5)
-    assert len({target, EMATarget(params, 0.5)}) == 2
+    assert target != make(params)
+    assert len({target, make(params)}) == 2
+    assert weakref.ref(target)() is target
+    assert attrs.has(type(target))
 
 
-def test_params_and_unknown_attributes_cannot_be_assigned() -> None:
-    target = PeriodicTarget({"w": jnp.zeros(2)}, 3)
+@pytest.mark.parametrize("make", BOTH_CLASSES.values(), ids=BOTH_CLASSES)
+def test_params_and_unknown_attributes_cannot_be_assigned(make: Callable[[Any], Any]) -> None:
+    target = make({"w": jnp.zeros(2)})
     with pytest.raises(AttributeError):
         target.params = {"w": jnp.ones(2)}  # type: ignore[misc]
     with pytest.raises(AttributeError):
@@ -96,6 +108,10 @@ def test_params_and_unknown_attributes_cannot_be_assigned() -> None:
 @pytest.mark.parametrize(
     ("target", "text"),
     [
+        (
+            lambda p: EMATarget(p, 1 / 3),
+            "EMATarget(step=0, step_size=0.333333, update_period=1, arrays=2, parameters=8, bytes=32)",
+        ),
         (
             lambda p: EMATarget(p, 0.005),
             "EMATarget(step=0, step_size=0.005, update_period=1, arrays=2, parameters=8, bytes=32)",

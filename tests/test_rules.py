@@ -45,6 +45,31 @@ def test_a_period_that_the_dtype_of_the_steps_cannot_hold() -> None:
     for steps in (0, 1, 44, 255):
         got = periodic_update(ONLINE, SLOW, jnp.uint8(steps), 300)
         assert_same(got, ONLINE if steps == 0 else SLOW)
+    # In 8 bits 300 would be 44.
+    assert_same(periodic_update(ONLINE, SLOW, jnp.uint8(44), jnp.int32(300)), SLOW)
+
+
+def test_steps_of_64_bits_keep_them() -> None:
+    with jax.enable_x64(True):
+        steps = jnp.int64(2**32 + 2)  # a multiple of 3, unlike its lower 32 bits
+        assert_same(periodic_update(ONLINE, SLOW, steps, 3), ONLINE)
+
+
+def test_old_tensors_of_numpy_are_copied_where_the_device_decides() -> None:
+    old = {"w": np.zeros(1000, np.float32)}
+    got = periodic_update({"w": np.ones(1000, np.float32)}, old, jnp.int32(1), 2)
+    old["w"][:] = 7
+    np.testing.assert_array_equal(got["w"], np.zeros(1000))
+
+
+def test_an_old_leaf_that_is_no_array_is_named() -> None:
+    for rule in (
+        lambda new, old: incremental_update(new, old, 0.5),
+        lambda new, old: periodic_update(new, old, 2, 2),
+        lambda new, old: periodic_update(new, old, jnp.int32(2), 2),
+    ):
+        with pytest.raises(TypeError, match=r"new_tensors\['w'\]: expected str as in old_tensors"):
+            rule({"w": jnp.ones(2)}, {"w": "a string"})
 
 
 def test_periodic_update_on_plain_numbers_starts_nothing_off_its_period() -> None:

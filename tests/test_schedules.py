@@ -226,6 +226,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "power below 0": (lambda: schedules.inverse_power(power=-1), ValueError, "power: .* got -1"),
     "power inf": (lambda: schedules.inverse_power(power=math.inf), ValueError, "power: .* got inf"),
+    "max above 1": (
+        lambda: schedules.inverse_power(max_step_size=1.5),
+        ValueError,
+        r"max_step_size: .* got 1\.5",
+    ),
     "min above max": (
         lambda: schedules.inverse_power(min_step_size=0.5, max_step_size=0.1),
         ValueError,

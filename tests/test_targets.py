@@ -230,6 +230,12 @@ def test_float64_accumulator_under_x64() -> None:
         target.update({"w": jnp.full(2, 2.0, jnp.float32)})
         assert target.params["w"].dtype == jnp.float32
         np.testing.assert_allclose(jax.tree.leaves(target)[0], 1 + 1e-9, rtol=1e-15)
+        complex_params = {"z": jnp.ones(2, jnp.complex64)}
+        target = EMATarget(complex_params, 1e-9, accumulator_dtype=jnp.float64)
+        target.update({"z": jnp.full(2, 2.0, jnp.complex64)})
+        assert jax.tree.leaves(target)[0].dtype == jnp.complex128
+        assert_same(target.params, complex_params)
+        np.testing.assert_allclose(jax.tree.leaves(target)[0], 1 + 1e-9, rtol=1e-15)
     with pytest.raises(ValueError, match="accumulator_dtype: float64 needs jax_enable_x64"):
         EMATarget(START, 0.1, accumulator_dtype=np.float64)
 

@@ -69,9 +69,8 @@ def interpolate(near: jax.Array, far: jax.Array, weight: jax.Array) -> jax.Array
     # `far - near` may overflow. The difference of their halves cannot. An infinite near end counts as 0
     # in it, since inf - inf would make the result nan.
     half_gap = lax.select(lax.is_finite(near), near * 0.5, jnp.zeros_like(near)) - far * 0.5
-    return (
-        near - 2 * weight * half_gap
-    )  # subtracting a zero keeps the sign of -0.0, and adding one does not
+    # Subtracting a zero keeps the sign of -0.0. Adding one does not.
+    return near - 2 * weight * half_gap
 
 
 @interpolate.defjvp
