@@ -389,6 +389,6 @@ def test_a_target_restored_without_its_step_size_refuses_updates() -> None:
         return EMATarget({"w": jnp.zeros(2)}, jnp.float32(0.5))
 
     restored = from_bytes(jax.eval_shape(make), to_bytes(make()))
-    with pytest.raises(TypeError, match="^update: the step size is abstract.* that has a step size"):
+    with pytest.raises(TypeError, match=r"^update: the step size is abstract.* that has a step size"):
         restored.update({"w": jnp.ones(2)})
     assert restored.sync({"w": jnp.ones(2)}).step == 0
