@@ -102,9 +102,8 @@ def _apply_to_leaves(
         new = placement.match_explicit_sharding(new, old)
         new = new if finite is None else arithmetic.zero_unless(finite, new)
         value, error = before = placement.to_device_memory((old, old_error))
-        if (
-            not average
-        ):  # an error is always finite, and zeros that are computed from it keep its sharding
+        if not average:
+            # An error is always finite, and zeros that are computed from it keep its sharding.
             after = arithmetic.copy(new, value), None if error is None else error - error
         elif error is None:
             after = lerp(new, value), None
