@@ -141,6 +141,7 @@ def _restore_count(template: Any, saved: Any, path: str) -> Any:
     if any(not 0 <= x <= INT32_MAX for x in count.flat):
         raise ValueError(f"{path}: expected 0 to 2**31-1, got {saved}")
     sharding, count = sharding_of(template), count.astype(np.int32)
+    count.setflags(write=False)  # as `state.host_count` makes it
     return count if sharding is None else jax.device_put(count, sharding)
 
 

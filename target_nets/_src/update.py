@@ -67,7 +67,9 @@ def _advance_counted(state: State, online: PyTree, settings: Settings, donate: b
 def sync(state: State, online: PyTree, *, donate: bool) -> State:
     """Returns the state after a copy of all leaves, also of nonfinite ones. The counters stay."""
     check_is_not_abstract(state, "sync")
-    slow, _ = _apply_in_place(COPY_ALL, online, state._replace(skipped=None), None, donate)
+    slow, _ = _apply_in_place(
+        COPY_ALL, online, state._replace(skipped=None, step_size=None), None, donate
+    )
     return state.after_update(slow, state.step, state.skipped)
 
 
