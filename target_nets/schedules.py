@@ -211,7 +211,8 @@ class power_function:
     """An average over a constant fraction of the run so far, whatever the length of the run.
 
     The step size at n is `1 - (1 - 1 / (n + 1)) ** (gamma + 1)`. Then the weight of iterate i is in
-    proportion to `i ** (gamma + 1) - (i - 1) ** (gamma + 1)`, which is close to `i ** gamma`. Give exactly one of the two arguments.
+    proportion to `i ** (gamma + 1) - (i - 1) ** (gamma + 1)`, which is close to `i ** gamma`. Give
+    exactly one of the two arguments.
 
     Args:
       gamma: The power, in [0, 1e30]. 0 gives the mean of all iterates. The larger it is, the more the

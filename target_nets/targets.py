@@ -134,9 +134,8 @@ class EMATarget(Target[P]):
 
         After an update it is on the device, and reading its value waits for that update. The argument of
         a schedule is the number of averagings that were due, minus this number, and at least 0. The
-        number of averagings that were due stops growing where `step` first goes back by
-        a period. From there on each skipped
-        averaging takes the schedule back by one.
+        number of those that were due stops growing where `step` first goes back by a period. From there
+        on each skipped averaging takes the schedule back by one.
 
         Example:
           >>> from target_nets import EMATarget
