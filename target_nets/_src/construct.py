@@ -38,7 +38,7 @@ def zero_compensation(slow: PyTree, averaged: Sequence[bool]) -> PyTree:
     def zeros(x: jax.Array, average: bool) -> jax.Array | None:
         if not average or not dtypes.is_inexact(x.dtype):
             return None
-        like = placement.match_explicit_sharding(jnp.zeros_like(x), x)
+        like = placement.match_sharding(jnp.zeros_like(x), x)
         return placement.link_shardings(placement.match_memory(like, x), x)
 
     params, treedef = jax.tree.flatten(slow)

@@ -2,21 +2,22 @@
 
 The slow copy keeps its placement. An update brings the online parameters there, computes, and leaves the
 result there. An array's type (`jax.typeof`) shows its kind of memory and, on Explicit axes of a mesh,
-its sharding. It does not show the sharding on Auto axes. In eager Python `match_shardings` reads that
-from the array. Inside a user's jit XLA decides it, and `link_shardings` tells XLA what to keep alike.
+its sharding. It does not show the sharding on Auto axes. In eager Python
+`named_shardings` reads that from the arrays. Inside a user's jit XLA decides it, and `link_shardings`
+tells XLA what to keep alike.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from target_nets._src import trace
 from target_nets._src.shard_alike import shard_alike
-from target_nets._src.trees import Leaf, PyTree, Tree, find_misfit, jit_argument
+from target_nets._src.trees import Leaf, PyTree, Tree, jit_argument
 
 Arrays = TypeVar("Arrays")  # a tree of the arrays that belong to one slow leaf
 
@@ -38,34 +39,74 @@ def copy_to_own_buffers(tree: Tree) -> Tree:
     return jax.device_put(tree, jax.tree.map(sharding_of, tree), may_alias=False)
 
 
-def match_shardings(online: Tree, slow: PyTree) -> Tree:
-    """Returns the online tree in the shardings of the slow copy, in device memory.
+def named_shardings(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
+    """Returns the shardings over meshes, one for each leaf, or None where no leaf has one.
 
-    Inside a transformation and on one device it returns the online tree unchanged.
+    Inside a transformation and on one device it returns None, too.
+    """
+    if not trace.is_eager() or jax.device_count() == 1:
+        return None
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+    named = tuple(s if isinstance(s, NamedSharding) else None for s in shardings)
+    return named if any(named) else None
+
+
+def match_devices(online: Tree, slow: PyTree) -> Tree:
+    """Returns the online tree with those arrays moved that jit cannot combine with the slow ones.
+
+    Inside a transformation, or if there is only one device, it returns the online tree unchanged.
     """
     if not trace.is_eager() or jax.device_count() == 1:
         return online
     if jax.tree.structure(online) != jax.tree.structure(slow):
         return online  # `zip_leaves` will say where they differ
-    return jax.tree.map(_match_sharding, online, slow)
+    return jax.tree.map(_match_devices, online, slow)
 
 
-def _match_sharding(x: Leaf, slow: jax.Array) -> Leaf:
-    sharding = sharding_of(slow)
-    if sharding is None or sharding_of(x) == sharding or find_misfit(x, slow) is not None:
+def _match_devices(x: Leaf, slow: jax.Array) -> Leaf:
+    # Only where it must be: device_put between two shardings goes through the host, and waits for it.
+    source, destination = sharding_of(x), sharding_of(slow)
+    if source is None or destination is None or _can_combine(source, destination):
         return x
-    return jax.device_put(x, sharding.with_memory_kind("device"))
+    return jax.device_put(x, destination.with_memory_kind("device"))
+
+
+def _can_combine(x: Sharding, y: Sharding) -> bool:
+    """Whether jit takes arrays of both: the same devices in one order, without other Explicit axes."""
+    if not (isinstance(x, NamedSharding) and isinstance(y, NamedSharding)):
+        return x.device_set == y.device_set
+    meshes: list[Any] = [x.mesh, y.mesh]
+    same_order = [*meshes[0].devices.flat] == [*meshes[1].devices.flat]
+    return meshes[0] == meshes[1] or (same_order and AxisType.Explicit not in meshes[0].axis_types)
 
 
 # For use inside compiled functions
 
 
-def match_explicit_sharding(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns the online leaf in the sharding that the type of the slow leaf shows, if it shows one."""
-    sharding = jax.typeof(old).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(new).sharding == sharding:
-        return new
-    return jax.sharding.reshard(new, sharding)
+def match_sharding(new: jax.Array, old: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
+    """Returns the online leaf in the sharding of the slow leaf.
+
+    Args:
+      new: The online leaf.
+      old: The slow leaf. On Explicit axes its type shows the sharding.
+      sharding: The sharding of the slow leaf, if it is known. Only Auto axes need it.
+    """
+    explicit = jax.typeof(old).sharding
+    if AxisType.Explicit in explicit.mesh.axis_types and jax.typeof(new).sharding != explicit:
+        new = jax.sharding.reshard(new, explicit)
+    if sharding is not None and AxisType.Auto in sharding.mesh.axis_types:
+        new = lax.with_sharding_constraint(new, _on_auto_axes(sharding))
+    return new
+
+
+def _on_auto_axes(sharding: NamedSharding) -> NamedSharding:
+    """Returns the sharding in device memory without the Explicit axes of its mesh."""
+    mesh = sharding.mesh
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = {name for name, axis_type in types if axis_type == AxisType.Auto}
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec)
+    spec = PartitionSpec(*(tuple(name for name in entry if name in auto) for entry in entries))
+    return NamedSharding(mesh, spec, memory_kind="device")
 
 
 def to_device_memory(arrays: Arrays) -> Arrays:

@@ -107,7 +107,8 @@ class Target(Generic[P]):
           online_params: The online parameters, as for `update`.
 
         Returns:
-          The new target. With `donate=True` the slow copies of both targets share no memory.
+          The new target. Where no averaging was due it holds the same arrays as this one, but with
+          `donate=True` a copy of the slow copy.
 
         Raises:
           ValueError, TypeError: As `update` does.
@@ -188,8 +189,12 @@ class Target(Generic[P]):
             )
 
     def __copy__(self) -> Self:
+        state = self._state
+        counts = {"step": state.step, "skipped": state.skipped, "step_size": state.step_size}
         # Counters that are NumPy arrays are read-only, so that both targets can hold them.
-        return jax.tree.map(lambda x: copy_to_own_buffers(x) if isinstance(x, jax.Array) else x, self)
+        on_device = {name: x for name, x in counts.items() if isinstance(x, jax.Array)}
+        copied = copy_to_own_buffers({**state.slow._asdict(), **on_device})
+        return make_target(type(self), self._settings, state._replace(**copied))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.__copy__()

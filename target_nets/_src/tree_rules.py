@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from target_nets._src import arithmetic, checks, dtypes, placement, trees
@@ -44,36 +45,44 @@ def apply_plan(
     Returns:
       The new slow copy and the new count of skipped averagings.
     """
-    online = trees.jit_argument(online)
     compiled = _compiled_donating if donate else _compiled
-    return trees.call_naming_leaves(
-        lambda: compiled(online, slow, skipped, step_size, due_before, plan=plan, names=names),
-        online,
-        slow.params,
-        names,
-    )
+
+    def call() -> tuple[SlowCopy, Count | None]:
+        scalars = skipped, step_size, due_before
+        static = plan, names, placement.named_shardings(slow.params)
+        return compiled(trees.jit_argument(online), slow, *scalars, *static)
+
+    return trees.call_naming_leaves(call, online, slow.params, names)
 
 
 def apply_plan_to_tensors(
     plan: Plan, new: PyTree, old: Tree, step_size: ArrayLike | None = None
 ) -> Tree:
     """Averages or copies all leaves of two plain trees."""
-    slow = SlowCopy(trees.jit_argument(old))
-    return apply_plan(plan, new, slow, TENSOR_NAMES, step_size=step_size)[0].params
+
+    def call() -> Tree:
+        slow = SlowCopy(trees.jit_argument(old))
+        return apply_plan(plan, new, slow, TENSOR_NAMES, step_size=step_size)[0].params
+
+    return trees.call_naming_leaves(call, new, old, TENSOR_NAMES)
 
 
 def copy_if_due(new: PyTree, old: Tree, steps: ArrayLike, period: ArrayLike) -> Tree:
     """Copies all leaves if the number of steps is a multiple of the period. The device decides it."""
-    new, old = trees.jit_argument(new), trees.jit_argument(old)
-    return trees.call_naming_leaves(
-        lambda: _copy_if_due(new, old, steps, period), new, old, TENSOR_NAMES
-    )
+
+    def call() -> Tree:
+        return _copy_if_due(trees.jit_argument(new), trees.jit_argument(old), steps, period)
+
+    return trees.call_naming_leaves(call, new, old, TENSOR_NAMES)
 
 
 def add(updates: PyTree, params: Tree) -> Tree:
     """Adds the updates to the parameters."""
-    updates, params = trees.jit_argument(updates), trees.jit_argument(params)
-    return trees.call_naming_leaves(lambda: _add(updates, params), updates, params, UPDATE_NAMES)
+
+    def call() -> Tree:
+        return _add(trees.jit_argument(updates), trees.jit_argument(params))
+
+    return trees.call_naming_leaves(call, updates, params, UPDATE_NAMES)
 
 
 # Compiled functions
@@ -85,9 +94,9 @@ def _apply_to_leaves(
     skipped: jax.Array | None,
     step_size: jax.Array | None,
     due_before: jax.Array,
-    *,
     plan: Plan,
     names: Names,
+    shardings: tuple[NamedSharding | None, ...] | None,
 ) -> tuple[SlowCopy, jax.Array | None]:
     pairs, treedef = trees.zip_leaves(online, slow.params, names)
     averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
@@ -98,8 +107,9 @@ def _apply_to_leaves(
     finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
 
     results: list[tuple[jax.Array, jax.Array | None]] = []
-    for (new, old), old_error, average in zip(pairs, slow.errors(), averaged, strict=True):
-        new = placement.match_explicit_sharding(new, old)
+    leaves = zip(pairs, slow.errors(), averaged, shardings or [None] * len(pairs), strict=True)
+    for (new, old), old_error, average, sharding in leaves:
+        new = placement.match_sharding(new, old, sharding)
         new = new if finite is None else arithmetic.zero_unless(finite, new)
         value, error = before = placement.to_device_memory((old, old_error))
         if not average:
@@ -120,11 +130,12 @@ def _apply_to_leaves(
     return SlowCopy(treedef.unflatten([value for value, _ in results]), compensation), skipped
 
 
-_compiled = jax.jit(_apply_to_leaves, static_argnames=("plan", "names"))
+_STATIC = ("plan", "names", "shardings")
+_compiled = jax.jit(_apply_to_leaves, static_argnames=_STATIC)
 # A copy does not read the slow copy, and jit drops arguments that are not read. Then it could not reuse
 # their memory.
 _compiled_donating = jax.jit(
-    _apply_to_leaves, static_argnames=("plan", "names"), donate_argnames="slow", keep_unused=True
+    _apply_to_leaves, static_argnames=_STATIC, donate_argnames="slow", keep_unused=True
 )
 
 

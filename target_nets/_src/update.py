@@ -77,7 +77,7 @@ def _apply_in_place(
     plan: Plan, online: PyTree, state: State, due_before: Count | None, donate: bool
 ) -> tuple[SlowCopy, Count | None]:
     """Applies a plan where the slow copy is placed, and leaves the results there."""
-    online = placement.match_shardings(online, state.params)
+    online = placement.match_devices(online, state.params)
     slow, skipped = apply_plan(
         plan,
         online,

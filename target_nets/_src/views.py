@@ -23,8 +23,10 @@ def read_params(state: State, settings: Settings) -> PyTree:
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
-    online = trees.jit_argument(placement.match_shardings(online, state.params))
-    return trees.call_naming_leaves(lambda: _distance(online, state.slow), online, state.params, NAMES)
+    online = placement.match_devices(online, state.params)
+    return trees.call_naming_leaves(
+        lambda: _distance(trees.jit_argument(online), state.slow), online, state.params, NAMES
+    )
 
 
 @partial(jax.jit, static_argnames="param_dtypes")
@@ -57,7 +59,7 @@ def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
 
 def _gap(new: jax.Array, old: jax.Array, error: jax.Array | None) -> jax.Array:
     """Returns online - slow for one leaf, in at least float32."""
-    new = placement.match_explicit_sharding(new, old)
+    new = placement.match_sharding(new, old)
     old, error = placement.to_device_memory((old, error))
     dtype = dtypes.arithmetic_dtype(new.dtype, old.dtype)
     gap = arithmetic.cast(new, dtype) - arithmetic.cast(old, dtype)
