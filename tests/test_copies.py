@@ -71,6 +71,14 @@ def test_copies_of_every_tree(tree: Any) -> None:
         assert_same(make_copy(target).params, target.params)
 
 
+@pytest.mark.parametrize("how", ["copy", "deepcopy"])
+def test_a_copy_shares_no_numpy_array_with_the_target(how: str) -> None:
+    target = jax.device_get(EMATarget({"w": jnp.zeros(4)}, 0.5, compensated=True))
+    twin = COPIES[how](target)
+    for x, y in zip(jax.tree.leaves(twin), jax.tree.leaves(target), strict=True):
+        assert np.ndim(x) == 0 or not np.shares_memory(np.asarray(x), np.asarray(y))
+
+
 def test_a_copy_has_step_and_parameters_of_the_same_update() -> None:
     target = EMATarget({"w": jnp.zeros(2)}, 1.0)
     for step in range(1, 4):

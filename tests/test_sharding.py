@@ -134,6 +134,33 @@ def test_the_slow_copy_stays_and_is_right(axes: AxisType, layout: str, kind: str
 
 
 @on_devices
+def test_numpy_arrays_may_be_changed_after_an_update() -> None:
+    size = 1 << 22
+    for place in (SHARDED, REPLICATED):
+        target = EMATarget(put({"w": np.zeros(size, np.float32)}, mesh_of(AxisType.Auto), place), 1.0)
+        for _ in range(3):
+            memory = np.ones(size + 64, np.float32)
+            offset = -memory.ctypes.data % 64 // 4
+            online = memory[offset : offset + size]  # aligned, so that jax could use it as it is
+            target.update({"w": online})
+            online[:] = 7
+            np.testing.assert_array_equal(target.params["w"], np.ones(size))
+
+
+@on_devices
+@each_mesh
+def test_an_eager_update_of_other_shardings_is_one_compiled_call(
+    axes: AxisType, trace_counter: Any
+) -> None:
+    online, slow = (put(ONLINE, mesh_of(axes), place) for place in (REPLICATED, SHARDED))
+    target = EMATarget(slow, 0.5)
+    with trace_counter() as compiled:
+        target.update(online)
+    assert len(compiled) == 1
+    assert_placed(target, slow)
+
+
+@on_devices
 @pytest.mark.parametrize("kind", ["ema, all settings", "ema, period", "periodic"])
 def test_arrays_of_equal_shapes_stay_where_each_of_them_is(kind: str) -> None:
     mesh = mesh_of(AxisType.Auto)  # on Explicit axes the sharding is part of an array's type

@@ -139,6 +139,16 @@ def test_a_target_that_is_passed_in(kind: str) -> None:
     assert bits(target) == before
 
 
+def test_a_closed_over_target_keeps_its_compensation() -> None:
+    rng = np.random.default_rng(0)
+    start, online = (rng.standard_normal(1000).astype(np.float32) for _ in range(2))
+    target = EMATarget({"w": jnp.asarray(start)}, 1e-3, compensated=True)
+    passed_in = jax.jit(updated)(target, {"w": online})
+    assert_same(jax.jit(lambda x: target.updated(x))({"w": jnp.asarray(online)}), passed_in)
+    mixed = EMATarget(MIXED, 0.5, compensated=True)  # all kinds of leaves
+    assert_same(jax.jit(lambda x: mixed.updated(x).params)(MIXED), mixed.updated(MIXED).params)
+
+
 # Programs of a functional style
 
 
