@@ -1,9 +1,10 @@
 """Target networks for JAX: slow copies of a model's parameters.
 
 `EMATarget` holds a moving average of the online parameters. `PeriodicTarget` holds a copy of them that
-is renewed every `update_period` updates. `apply_updates`, `incremental_update` and `periodic_update` are
-the same rules as pure functions, with optax's names. `update` changes a target in place and `updated`
-returns a new one. A target is a pytree, and flax.serialization saves it.
+is renewed every `update_period` updates. `incremental_update` and `periodic_update` are the same rules
+as pure functions, and `apply_updates` adds updates to parameters, all with optax's names. `update`
+changes a target in place and `updated` returns a new one. A target is a pytree, and flax.serialization
+saves it.
 
 Example:
   >>> import jax.numpy as jnp

@@ -5,8 +5,8 @@ gamma. The weights as a function of tau are called the profile of the average. F
 of two such averages, `reconstruct` makes an average of any other length: the weighted sum of the
 snapshots whose profile is closest to the one that is asked for.
 
-Profiles are functions of continuous time, and iterates are discrete. This makes no error: the average of
-the iterates is the average over a path that stays at each iterate for one unit of time.
+Profiles are functions of continuous time, and iterates are discrete. This introduces no error: the
+average of the iterates is the average over a path that stays at each iterate for one unit of time.
 
 Example:
   During training, keep two targets:
@@ -56,7 +56,7 @@ _LARGEST_ERROR = 0.1
 def solve_weights(
     steps: ArrayLike, gammas: ArrayLike, target_step: ArrayLike, target_gamma: ArrayLike
 ) -> Vector:
-    """Returns the weights of snapshots whose profiles sum to the closest fit of another profile.
+    """Returns the weights with which the profiles of snapshots sum to the best fit of another profile.
 
     Args:
       steps: When the snapshots were taken, of shape (N,), positive: the number of averagings, or
@@ -107,8 +107,8 @@ def reconstruct(
     Args:
       snapshots: Tuples of a step, a gamma, and parameters or a function without arguments that loads
         them. The step is the number of averagings when the snapshot was taken: `target.step`, or with an
-        update period a multiple of it. The gamma is that of the schedule, `power_function.gamma`. The
-        parameters are `target.params`.
+        update period any multiple of that number, the same for all snapshots. The gamma is that of the
+        schedule, `power_function.gamma`. The parameters are `target.params`.
       gamma: The gamma of the average that is asked for. Give either this or `sigma_rel`.
       sigma_rel: Its width relative to the length of the run, as in `schedules.power_function`.
       step: When the average ends. It should be the step of a snapshot, since between two snapshots there

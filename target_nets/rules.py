@@ -1,9 +1,9 @@
 """The rules: pure functions on trees, with the names and arguments of optax's page "Apply Updates".
 
 After `import target_nets as optax` a program that makes these three calls still gives the right result,
-or fails with an error that names the problem. This is what differs from optax: the result keeps the
-dtypes of the old tree, shapes and structures must match exactly, and no result shares memory with the
-new tensors.
+or fails with an error that names the problem. The main differences from optax: the result keeps the
+dtypes of the tree that is updated, leaves that are not inexact are copied, shapes and structures must
+match exactly, and no result shares memory with the new tensors.
 """
 
 from jax.typing import ArrayLike
@@ -45,11 +45,11 @@ def apply_updates(params: Tree, updates: PyTree) -> Tree:
 def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLike) -> Tree:
     """Moves a slow copy towards new tensors: Polyak averaging, an exponential moving average.
 
-    The average is `old + step_size*(new - old)`. Above one half it is computed from the other end, as
-    `new - (1 - step_size)*(new - old)`. If both values are equal, the average is exactly that value,
-    which `step_size*new + (1 - step_size)*old` does not guarantee. At step size 1 the result is exactly
-    new, and at 0 exactly old, even if the other value is inf or nan. 8- and 16-bit floats are averaged
-    in float32 and rounded once.
+    The average is `old + step_size*(new - old)`. If the step size is above one half, it is computed from
+    the other end, as `new - (1 - step_size)*(new - old)`. If both values are equal, the average is
+    exactly that value, which `step_size*new + (1 - step_size)*old` does not guarantee. At step size 1
+    the result is exactly new, and at 0 exactly old, even if the other value is inf or nan. 8- and 16-bit
+    floats are averaged in float32 and rounded once.
 
     Args:
       new_tensors: The online tensors, a tree of arrays. Where it holds None, so does the result.
@@ -86,11 +86,11 @@ def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLik
 def periodic_update(
     new_tensors: Tree, old_tensors: Tree, steps: ArrayLike, update_period: ArrayLike
 ) -> Tree:
-    """Returns copies of the new tensors every `update_period` steps, and else the old tensors.
+    """Returns copies of the new tensors every `update_period` steps, and otherwise the old tensors.
 
-    If both counts are Python or NumPy integers, Python decides: between two copies the call returns
-    `old_tensors` itself and starts nothing on the device. If one of them is a `jax.Array`, traced or
-    not, the call is one `lax.cond`.
+    If `steps` and `update_period` are both Python or NumPy integers, Python decides: between two copies
+    the call returns `old_tensors` itself and starts nothing on the device. If one of them is a
+    `jax.Array`, traced or not, the call is one `lax.cond`.
 
     Args:
       new_tensors: The online tensors, a tree of arrays.

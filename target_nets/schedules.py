@@ -1,15 +1,15 @@
 """Schedules: every averaging scheme is the same rule with other step sizes.
 
-A schedule is a callable. Its argument n is the number of averagings before this one, without those that
-were skipped; it is 0 at the first averaging. It returns the step size, which is 1 - decay. The schedules
-of this module are hashable and picklable. They are equal if their arguments are equal, and then nothing
-is compiled again. n may be a number or an array, traced or not. The result is float32, or float64 with
-`jax_enable_x64`, and it is accurate at any n.
+A schedule is a callable. Its argument n is the number of averagings so far, not counting skipped ones,
+so n is 0 at the first one. The schedule returns the step size, which is 1 - decay. The schedules of this
+module are hashable and picklable. Two with equal arguments compare equal, so jit does not compile again.
+n may be a number or an array, traced or not. The result is float32, or float64 with `jax_enable_x64`,
+and it is accurate at any n.
 
 The weight of a past iterate in the average is the step size at that iterate, times the product of (1 -
 step size) over all averagings since.
 
-The classes have lowercase names because they are called like optax's functions.
+The classes have lowercase names because they are used like optax's schedule functions.
 
 Example:
   optax's schedules can be used, too. This one copies in the first 1,000 averagings and then averages:
@@ -79,7 +79,8 @@ class cosine:
     def __call__(self, n: ArrayLike) -> jax.Array:
         """Returns the step size of the averaging after n others."""
         left = jnp.maximum(self.total_steps - _float(n), 0) / self.total_steps
-        return self.base_step_size * jnp.sin(math.pi / 2 * left) ** 2  # (cos + 1) / 2 would cancel here
+        # The same as with (cos + 1) / 2, which would lose its digits near 0.
+        return self.base_step_size * jnp.sin(math.pi / 2 * left) ** 2
 
 
 @attrs.frozen
@@ -93,7 +94,8 @@ class inverse_power:
       inv_gamma: The length of the warm-up, in averagings, in [1e-30, 1e30]. At n = inv_gamma the step
         size has fallen to `2 ** -power`.
       power: How fast the step size falls, in [0, 1e30]. Crowson's advice is 2/3 for a million averagings
-        and more, and 3/4 for fewer. A power of 1 gives the mean of all iterates.
+        and more, and 3/4 for fewer. With power=1, inv_gamma=1 and min_step_size=0 the average is the
+        mean of all iterates.
       min_step_size: The smallest step size, in [0, 1]. It is 1 - the largest decay.
       max_step_size: The largest step size after the first averaging, in [0, 1].
 
@@ -101,7 +103,7 @@ class inverse_power:
       TypeError, ValueError: An argument has the wrong type or is out of range.
 
     References:
-      The warm-up of ema-pytorch, timm and diffusers, which Katherine Crowson has introduced.
+      The warm-up of ema-pytorch, timm and diffusers, introduced by Katherine Crowson.
 
     Example:
       >>> schedule = inverse_power(min_step_size=0.01)
@@ -179,8 +181,8 @@ class bias_corrected:
     """A moving average without a bias towards its start, as Adam's moments are.
 
     The step size at n is `step_size / (1 - (1 - step_size) ** (n + 1))`. It is 1 at first and falls to
-    `step_size`. The slow copy equals the average with a constant `step_size` that starts at zero,
-    divided by the sum of its weights.
+    `step_size`. The result is that of a constant `step_size` with a slow copy that starts at zero,
+    divided by the sum of the weights of the iterates.
 
     Args:
       step_size: The limit of the step size, in [1e-30, 1].
@@ -215,10 +217,11 @@ class power_function:
     exactly one of the two arguments.
 
     Args:
-      gamma: The power, in [0, 1e30]. 0 gives the mean of all iterates. The larger it is, the more the
-        average is one of the last iterates.
+      gamma: The power, in [0, 1e30]. 0 gives the mean of all iterates. The larger it is, the more weight
+        the latest iterates have.
       sigma_rel: The width of the average relative to the length of the run, in [1e-6, 0.2887]: the
-        standard deviation of its weights. The paper uses 0.05 and 0.10.
+        standard deviation of the time of an iterate that is drawn with these weights. The paper uses
+        0.05 and 0.10.
 
     Raises:
       ValueError: Not exactly one argument is given, or it is out of range.
@@ -263,7 +266,7 @@ def gamma_of(sigma_rel: float) -> float:
 
     Args:
       sigma_rel: The standard deviation of the weights relative to the length of the run, in [1e-6,
-      0.2887].
+        0.2887].
 
     Returns:
       gamma, at least 0.

@@ -3,12 +3,12 @@
 Importing the package registers both classes. Then `to_state_dict`, `from_state_dict`, `to_bytes` and
 `from_bytes` of flax take a target, alone or anywhere inside a state such as a `TrainState`.
 
-The state dict holds what changes during training, `{"step": int, "params": nested dict}`. With
-`skip_nonfinite` it also holds `skipped`, an integer. With `compensated` it also holds `compensation`, a
-nested dict like `params`. `params` is the slow copy in its storage dtypes. PRNG keys are saved as their
-key data. To load the slow copy into a model, save `to_state_dict(target.params)`. Settings are not
-saved: the restored target has the class, settings, dtypes and shardings of the target that it is
-restored into.
+The state dict holds what changes during training, `{"step": int, "params": nested dict}`. The counters
+of a population, which `vmap` has batched, are arrays. With `skip_nonfinite` it also holds `skipped`, an
+integer. With `compensated` it also holds `compensation`, a nested dict like `params`. `params` is the
+slow copy in its storage dtypes. PRNG keys are saved as their key data. To load the slow copy into a
+model, save `to_state_dict(target.params)`. Settings are not saved: the restored target has the class,
+settings, dtypes and shardings of the target that it is restored into.
 
 A state dict that does not fit raises a ValueError. Bytes that cannot be decoded raise an error of
 msgpack or flax before the target is read: a ValueError or, for a damaged array, a TypeError, IndexError

@@ -40,13 +40,12 @@ class EMATarget(Target[P]):
       params: The parameters to start from, a tree of arrays of any shapes and dtypes. For an Equinox
         module, pass `eqx.filter(module, eqx.is_array)`. The target copies them, and the slow copy keeps
         their placement.
-      step_size: How far an averaging moves the slow copy towards the online parameters, in [0, 1]. It is
-      1
-        - decay. It may be a number, a scalar array or a schedule. An array is a leaf of the target, so
-        that `vmap` can sweep it. A schedule is a hashable callable. Its argument is the number of
-        averagings before this one, a traced int32 scalar. A `jax.Array` and what a schedule returns are
-        clipped to [0, 1], and nan counts as 0. In eager Python, an averaging with a schedule sends one
-        scalar to the device, which `jax.transfer_guard("disallow")` refuses.
+      step_size: How far an averaging moves the slow copy towards the online parameters, in [0, 1]. It
+        equals one minus the decay. It may be a number, a scalar array or a schedule. An array is a leaf
+        of the target, so that `vmap` can sweep it. A schedule is a hashable callable. Its argument is
+        the number of averagings before this one, a traced int32 scalar. A `jax.Array` and what a
+        schedule returns are clipped to [0, 1], and nan counts as 0. In eager Python, an averaging with a
+        schedule sends one scalar to the device, which `jax.transfer_guard("disallow")` refuses.
       update_period: Only every `update_period`-th update averages, an integer from 1 to 2**31-1.
       mask: Which leaves to average, as in `optax.masked`: a tree prefix of booleans, or a callable of
         the parameters that returns one. The other leaves are copied, as one may want for the statistics
@@ -54,12 +53,12 @@ class EMATarget(Target[P]):
       accumulator_dtype: The floating dtype that averaged leaves are stored in. For complex leaves it is
         the dtype of their parts, at least float32. Values beyond its range become inf. None: a leaf
         keeps its own dtype, but 8- and 16-bit floats are stored in float32. A bfloat16 average at step
-        size 0.005 would never move, since each of its steps is rounded to nothing.
+        size 0.005 would soon get stuck, since small increments are rounded away.
       compensated: Whether to store the rounding error of each average, too, which takes as much memory
         again. Then the average is right to one unit in the last place, at any step size and after any
-        number of updates. This is worth its memory for float32 and step sizes below 1e-3. With a
-        narrower `accumulator_dtype`, value and error together have twice its precision, 16 bits for
-        bfloat16.
+        number of updates. It is worth the memory for float32 with step sizes below 1e-3. With a
+        narrower `accumulator_dtype`, value and error together have twice the precision of that dtype: 16
+        bits for bfloat16.
       skip_nonfinite: Whether to skip an averaging if an inexact leaf of the online parameters holds inf
         or nan. Then the whole slow copy stays as it is, and `step` and `skipped` go up by one. The
         device decides, and the host does not wait. Not for use inside `shard_map`, where each shard

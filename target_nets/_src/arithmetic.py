@@ -69,13 +69,13 @@ def interpolate(near: jax.Array, far: jax.Array, weight: jax.Array) -> jax.Array
     # `far - near` may overflow. The difference of their halves cannot. An infinite near end counts as 0
     # in it, since inf - inf would make the result nan.
     half_gap = lax.select(lax.is_finite(near), near * 0.5, jnp.zeros_like(near)) - far * 0.5
-    # Subtracting a zero keeps the sign of -0.0. Adding one does not.
+    # near - 0.0 keeps the sign of near = -0.0, and near + 0.0 would not.
     return near - 2 * weight * half_gap
 
 
 @interpolate.defjvp
 def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    # The derivative of the formula. jax would differentiate the choices of the code above instead.
+    # The derivative of the formula. jax would differentiate the special cases of the code instead.
     (near, far, weight), (near_dot, far_dot, weight_dot) = primals, tangents
     result_dot = (1 - weight) * near_dot + weight * far_dot + (far - near) * weight_dot
     return interpolate(near, far, weight), result_dot
@@ -98,7 +98,8 @@ def cast(x: jax.Array, dtype: DType) -> jax.Array:
     """Returns a leaf in another dtype.
 
     A bfloat16 leaf is rounded once more, explicitly. If the same program has computed it in float32, XLA
-    may leave out its rounding, and then the average would be one of values that nobody sees.
+    may leave out its rounding. Then the average would use other values than the parameters that the user
+    sees.
     """
     if x.dtype == jnp.bfloat16 and jnp.issubdtype(dtype, jnp.inexact):
         x = lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
@@ -111,13 +112,13 @@ def all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
     # Inf and nan times 0 are nan. On CPUs XLA sums faster than it reduces `all`, and its `max` may lose
     # a nan.
     has_nonfinite = jnp.array([jnp.sum(x * 0) != 0 for x in inexact], jnp.float32)
-    # XLA does not fuse a dot product. It would compute any other reduction again in the loop of every
-    # small leaf, and the program would grow with the square of their number.
+    # XLA does not fuse a dot product. It would repeat any other reduction in the loop of every small
+    # leaf, and the program would grow with the square of the number of leaves.
     return jnp.dot(has_nonfinite, has_nonfinite) == 0
 
 
 def zero_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns zeros for an inexact leaf that is not to be used, so that derivatives stay finite."""
+    """Returns a leaf, or zeros for an inexact leaf unless `finite`, so that derivatives stay finite."""
     return jnp.where(finite, x, 0) if is_inexact(x.dtype) else x
 
 
@@ -171,7 +172,7 @@ def _(
     primals: tuple[DoubleWord, DoubleWord, jax.Array],
     tangents: tuple[DoubleWord, DoubleWord, jax.Array],
 ) -> tuple[DoubleWord, DoubleWord]:
-    # The derivative of the plain formula, in which an end moves with its value and with its error. The
+    # The derivative of the plain formula, where each end is the sum of its value and its error. The
     # new error has no derivative.
     (near, far, weight), (near_dot, far_dot, weight_dot) = primals, tangents
     ends, end_dots = (near[0], far[0], weight), (sum(near_dot), sum(far_dot), weight_dot)

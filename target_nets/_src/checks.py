@@ -19,7 +19,7 @@ def check_step_size(step_size: Leaf) -> float | jax.Array:
     """Returns a jax array unchanged, and any other step size as a float in [0, 1].
 
     The range of a jax array is not checked. A traced one has no value yet, and reading a concrete one
-    would wait for the device. `arithmetic.lerp` clips both.
+    would wait for the device. `arithmetic.order_ends` clips both.
     """
     if not _is_number(step_size, int | float):
         check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT)
@@ -39,7 +39,7 @@ def check_count(name: str, count: Leaf) -> int | jax.Array:
 
 
 def check_integer(name: str, x: Leaf) -> int | jax.Array:
-    """Returns a Python or NumPy integer as an int, and a jax array with at least 32 bits.
+    """Returns a Python or NumPy integer as an int, and a jax array widened to at least 32 bits.
 
     A narrower array could not be compared with a period that needs 32 bits.
     """

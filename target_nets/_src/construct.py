@@ -20,7 +20,7 @@ Mask: TypeAlias = (
 
 
 def leaf_dtypes(params: PyTree) -> list[dtypes.DType]:
-    """Returns the dtypes of the parameters in jax. Raises if a leaf is not an array or a number."""
+    """Returns the dtypes that the parameters have as jax arrays, or raises if a leaf is not one."""
     trees.check_arrays(params, "params")
     return [trees.array_type(x).dtype for x in jax.tree.leaves(params)]
 
@@ -64,7 +64,7 @@ def resolve_mask(mask: Mask, params: PyTree) -> tuple[bool, ...]:
     """Returns whether to average each leaf."""
     if mask is None:
         mask = True
-    elif callable(mask) and trees.is_leaf(mask):  # a callable module is a tree of booleans
+    elif callable(mask) and trees.is_leaf(mask):  # a callable module is a node: a tree of booleans
         mask = mask(params)
 
     def spread(path: trees.KeyPath, value: object, branch: PyTree) -> list[bool]:

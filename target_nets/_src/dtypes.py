@@ -14,8 +14,8 @@ DType: TypeAlias = np.dtype[Any]
 class Kind(enum.IntEnum):
     """The kinds of leaves. A leaf may take the value of a leaf of the same kind or of a narrower one.
 
-    KEY is the last one, so that no number takes the value of a PRNG key. `trees.find_misfit` refuses the
-    opposite.
+    KEY is the last one, so that no number takes the value of a PRNG key. `trees.find_misfit` makes sure
+    that no key takes the value of a number.
     """
 
     BOOL = 0
@@ -56,7 +56,7 @@ def accumulation_dtype(dtype: DType) -> DType:
 
 
 def arithmetic_dtype(new: DType, old: DType) -> DType:
-    """Returns the dtype in which two leaves are combined: the wider kind, and of one kind the larger."""
+    """Returns the dtype to combine two leaves in: the wider kind or, within one kind, the larger."""
     candidates = accumulation_dtype(old), accumulation_dtype(new)
     return max(candidates, key=lambda dtype: (kind_of(dtype), dtype.itemsize))
 

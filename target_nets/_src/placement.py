@@ -1,10 +1,10 @@
 """Where arrays live: on which devices, with which sharding, in which kind of memory.
 
-The slow copy keeps its placement. An update brings the online parameters there, computes, and leaves the
-result there. An array's type (`jax.typeof`) shows its kind of memory and, on Explicit axes of a mesh,
-its sharding. It does not show the sharding on Auto axes. In eager Python
-`named_shardings` reads that from the arrays. Inside a user's jit XLA decides it, and `link_shardings`
-tells XLA what to keep alike.
+The slow copy keeps its placement. An update moves the online parameters to the devices of the slow copy,
+computes in device memory, and puts the result where the slow copy was. An array's type (`jax.typeof`)
+shows its kind of memory and, on Explicit axes of a mesh, its sharding. It does not show the sharding on
+Auto axes. In eager Python `named_shardings` reads that from the arrays. Inside a user's jit XLA decides
+it, and `link_shardings` tells XLA what to keep alike.
 """
 
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ def copy_to_own_buffers(tree: Tree) -> Tree:
 def named_shardings(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
     """Returns the shardings over meshes, one for each leaf, or None where no leaf has one.
 
-    Inside a transformation and on one device it returns None, too.
+    Inside a transformation, or if there is only one device, it returns None, too.
     """
     if not trace.is_eager() or jax.device_count() == 1:
         return None
@@ -132,8 +132,8 @@ def link_shardings(new: Tree, old: Tree) -> Tree:
     """Returns the new arrays, each linked to the old one so that XLA shards both alike on Auto axes.
 
     Inside the package's own compiled functions it must not be used. All calls of such a function share
-    one lowering, so the links would join the arrays of all these calls. In eager Python and on one
-    device it returns the new arrays unchanged.
+    one lowering, so the links would join the arrays of all these calls. In eager Python, or if there is
+    only one device, it returns the new arrays unchanged.
     """
     if trace.is_eager() or jax.device_count() == 1:
         return new
@@ -142,13 +142,13 @@ def link_shardings(new: Tree, old: Tree) -> Tree:
 
 @jax.custom_jvp
 def _link(new: jax.Array, old: jax.Array) -> jax.Array:
-    # Without an Auto axis XLA has nothing to decide, and on a Manual axis it knows no sharding groups.
+    # Without an Auto axis XLA has nothing to decide, and sharding groups do not work on a Manual axis.
     axis_types = jax.typeof(old).sharding.mesh.axis_types
     if axis_types and (AxisType.Auto not in axis_types or AxisType.Manual in axis_types):
         return new
     if not in_host_memory(old):
-        # A copied leaf may be the online array itself, and a link would move that array. This select,
-        # which XLA cannot see through, makes another one. In host memory the leaf is another one
+        # XLA may drop the copy of a leaf, and then the link would also reshard the online array. XLA
+        # cannot drop this select, so it makes a separate array. In host memory the leaf is separate
         # already.
         new = lax.select(lax.optimization_barrier(jnp.bool_(False)), old, new)
     return shard_alike(new, old)

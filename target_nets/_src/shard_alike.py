@@ -1,6 +1,6 @@
 """A jax primitive that makes XLA shard two arrays alike.
 
-It does what `jax.experimental.shard_alike` did, which jax 0.12 has removed. It puts both arrays into one
+It replaces `jax.experimental.shard_alike`, which jax 0.12 removed. It puts both arrays into one
 sharding group of Shardy, XLA's partitioner.
 """
 
@@ -28,7 +28,7 @@ def _batch(
     arrays: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | None]
 ) -> tuple[jax.Array, int | None]:
     (new, old), (new_axis, old_axis) = arrays, axes
-    if new_axis is None or old_axis is None:  # arrays of two shapes cannot be sharded alike
+    if new_axis is None or old_axis is None:  # arrays of different shapes cannot be sharded alike
         return new, new_axis
     return shard_alike(jnp.moveaxis(new, new_axis, old_axis), old), old_axis
 

@@ -23,8 +23,8 @@ class Plan(NamedTuple):
 
     Attributes:
       averaged: Whether to average each leaf; the others are copied. One boolean stands for all leaves.
-      step_size: A number or a schedule. None if the state holds the step size, as an array, or if no
-        leaf is averaged.
+      step_size: A number or a schedule. None if it is passed separately, as an array or a number, or if
+        no leaf is averaged.
     """
 
     averaged: bool | tuple[bool, ...]
@@ -40,11 +40,12 @@ class Settings:
 
     Attributes:
       plan: What an update does to the leaves.
-      update_period: An averaging (or a copy) is due at every so many-th update.
+      update_period: The number of updates from one averaging (or copy) to the next.
       donate: Whether eager updates reuse the memory of the slow copy.
       param_dtypes: The dtypes that `Target.params` returns. None if these are the stored ones.
       compensated: Whether the state holds the rounding errors of the averages.
-      skip_nonfinite: Whether to skip an averaging of parameters with inf or nan, and to count these.
+      skip_nonfinite: Whether to skip averagings when parameters hold inf or nan, and to count the
+        skipped ones.
     """
 
     plan: Plan
@@ -86,7 +87,9 @@ class SlowCopy(NamedTuple):
 
 
 class State(NamedTuple):
-    """What updates replace, in one assignment. So other threads never see half of an update.
+    """The arrays and counters of a target.
+
+    An update replaces the whole record in one assignment. So other threads never see half of an update.
 
     Attributes:
       params: The slow parameters; see `SlowCopy`.
@@ -142,8 +145,8 @@ def host_count(count: int) -> Count:
 def next_count(count: Any, period: int) -> Any:
     """Returns `count + 1`, as an int for an int and as a jax array for an array.
 
-    After the largest multiple of the period within int32 the count goes back by one period. So updates
-    stay due at the same distance, and a schedule holds its last value.
+    After the largest multiple of the period within int32 the count goes back by one period. So
+    averagings stay one period apart, and a schedule keeps its last value.
     """
     last = INT32_MAX // period * period
     if isinstance(count, int):

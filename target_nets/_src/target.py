@@ -32,12 +32,12 @@ class Target(Generic[P]):
 
     @property
     def params(self) -> P:
-        """The slow copy, with the structure, shapes and dtypes of the parameters it was made of.
+        """The slow copy, with the structure, shapes and dtypes of the parameters it was made from.
 
-        If it is stored in other dtypes, it is cast on reading, in one compiled call. Otherwise these are
-        the target's own arrays. To train on from them, copy them: your train step may donate them, and
-        with `donate=True` the next update does. An abstract target, from `jax.eval_shape`, has abstract
-        parameters.
+        Leaves that are stored in another dtype are cast on reading, in one compiled call. The others may
+        be the target's own arrays. To continue training from them, copy them: your train step may donate
+        them, and with `donate=True` the next update does. An abstract target, from `jax.eval_shape`, has
+        abstract parameters.
 
         Example:
           >>> import jax.numpy as jnp
@@ -68,8 +68,8 @@ class Target(Generic[P]):
         """Counts an update in place and, at every `update_period`-th one, changes the slow copy.
 
         Everyone who holds this target sees the change. `updated` returns a new target instead. The
-        parameters are compared with the slow copy at the first update and whenever they are read. If an
-        error is raised, the target is as it was before.
+        structure and shapes of the parameters are checked at the first update and at every averaging. If
+        an error is raised, the target is as it was before.
 
         Args:
           online_params: The online parameters, with the structure and shapes of `params`. The kind of a
@@ -100,8 +100,8 @@ class Target(Generic[P]):
         """Returns a new target after one more update. This one stays as it was.
 
         This is a pure function of the target and the online parameters, and may be called anywhere. Use
-        it where the old target is read again: after the update, to roll a step back, or in a branch of
-        `lax.cond` that closes over it. Inside jit it costs what `update` costs.
+        it if you still need the old target: to read it after the update, to roll a step back, or in a
+        branch of `lax.cond` that closes over it. Inside jit it costs what `update` costs.
 
         Args:
           online_params: The online parameters, as for `update`.
@@ -142,7 +142,7 @@ class Target(Generic[P]):
           The target itself.
 
         Raises:
-          ValueError, TypeError, RuntimeError: As `update` does.
+          ValueError, TypeError, RuntimeError: As `update` does, but a population is accepted.
 
         Example:
           >>> import jax.numpy as jnp
@@ -200,7 +200,7 @@ class Target(Generic[P]):
         return self.__copy__()
 
     def __getstate__(self) -> tuple[Settings, State]:
-        """Returns all that a target holds. Pickles, pytrees and state dicts are made of it."""
+        """Returns all that a target holds. Pickles, pytrees and state dicts are made from it."""
         return self._settings, self._state
 
     def __setstate__(self, fields: tuple[Settings, State]) -> None:
@@ -211,7 +211,7 @@ AnyTarget = TypeVar("AnyTarget", bound=Target[Any])
 
 
 def make_target(target_class: type[AnyTarget], settings: Settings, state: State) -> AnyTarget:
-    """Makes a target of what `__getstate__` returns, without any check."""
+    """Makes a target from what `__getstate__` returns, without any check."""
     target = object.__new__(target_class)
     target.__setstate__((settings, state))
     return target

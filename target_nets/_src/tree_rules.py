@@ -1,6 +1,6 @@
 """The rules over whole trees. Each is one compiled call.
 
-Both classes, `incremental_update` and `periodic_update` use `apply_plan`.
+`apply_plan` serves `EMATarget`, `PeriodicTarget`, `incremental_update` and `periodic_update`.
 """
 
 from functools import partial
@@ -101,7 +101,7 @@ def _apply_to_leaves(
     pairs, treedef = trees.zip_leaves(online, slow.params, names)
     averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
     rate = _step_size_now(plan, step_size, due_before, skipped)
-    # Compiled by themselves, so that all leaves of one shape and dtype share one trace.
+    # Compiled separately, so that all leaves of one shape and dtype share one trace.
     lerp = jax.jit(partial(arithmetic.lerp, step_size=rate))
     compensated_lerp = jax.jit(partial(arithmetic.compensated_lerp, step_size=rate))
     finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
@@ -113,7 +113,8 @@ def _apply_to_leaves(
         new = new if finite is None else arithmetic.zero_unless(finite, new)
         value, error = before = placement.to_device_memory((old, old_error))
         if not average:
-            # An error is always finite, and zeros that are computed from it keep its sharding.
+            # `error - error` is 0, since errors are finite, and unlike new zeros it keeps their
+            # sharding.
             after = arithmetic.copy(new, value), None if error is None else error - error
         elif error is None:
             after = lerp(new, value), None
@@ -132,8 +133,8 @@ def _apply_to_leaves(
 
 _STATIC = ("plan", "names", "shardings")
 _compiled = jax.jit(_apply_to_leaves, static_argnames=_STATIC)
-# A copy does not read the slow copy, and jit drops arguments that are not read. Then it could not reuse
-# their memory.
+# Copying does not read the old slow leaves, and jit drops arguments that are not read. Their memory can
+# be reused only with `keep_unused`.
 _compiled_donating = jax.jit(
     _apply_to_leaves, static_argnames=_STATIC, donate_argnames="slow", keep_unused=True
 )

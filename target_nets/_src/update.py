@@ -1,4 +1,4 @@
-"""One update of a target: count it and, where one is due, average the slow copy in one compiled call."""
+"""One update of a target: count it and, if an averaging is due, do it in one compiled call."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -
 
 
 def _advance_traced(state: State, online: PyTree, settings: Settings, donate: bool) -> State:
-    """An update inside a transformation that traces the step: the device decides whether one is due."""
+    """An update of a traced step: the device decides whether an averaging is due."""
     period = settings.update_period
     step = next_count(state.step, period)
     average = partial(_apply_in_place, settings.plan, online, state, step // period - 1, donate)
@@ -69,7 +69,7 @@ def _advance_counted(state: State, online: PyTree, settings: Settings, donate: b
 
 
 def sync(state: State, online: PyTree, *, donate: bool) -> State:
-    """Returns the state after a copy of all leaves, also of nonfinite ones. The counters stay."""
+    """Returns the state after a copy of all leaves, including nonfinite ones. The counters stay."""
     check_is_not_abstract(state, "sync")
     slow, _ = _apply_in_place(
         COPY_ALL, online, state._replace(skipped=None, step_size=None), None, donate

@@ -12,7 +12,7 @@ from target_nets._src.update import NAMES
 
 
 def read_params(state: State, settings: Settings) -> PyTree:
-    """Returns the slow parameters in the dtypes of the parameters that the target was made of."""
+    """Returns the slow parameters in the dtypes of the parameters that the target was made from."""
     if settings.param_dtypes is None:
         return jax.tree.map(lambda x: x, state.params)  # new containers, which the user may change
     cast = partial(_cast_params, param_dtypes=settings.param_dtypes)
@@ -53,7 +53,7 @@ def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
     leaves = zip(pairs, slow.errors(), strict=True)
     gaps = [_gap(*pair, error) for pair, error in leaves if dtypes.is_inexact(pair[1].dtype)]
     total = jnp.asarray(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), 0.0))
-    # The derivative of the square root is infinite at 0. Here it is 0 there.
+    # The derivative of the square root is infinite at 0. This defines it as 0.
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)
 
 
