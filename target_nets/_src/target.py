@@ -80,7 +80,7 @@ class Target(Generic[P]):
 
         Raises:
           ValueError: The structures or the shapes of two leaves differ, or `vmap` has batched the
-          target.
+            target.
           TypeError: A leaf is not an array or a number, its kind is wider than that of the slow copy, or
             the target is abstract.
           RuntimeError: The target was not passed into the jax transformation that is running.
