@@ -7,7 +7,7 @@ Auto axes. In eager Python `named_shardings` reads that from the arrays. Inside 
 it, and `link_shardings` tells XLA what to keep alike.
 """
 
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from target_nets._src import trace
 from target_nets._src.shard_alike import shard_alike
 from target_nets._src.trees import Leaf, PyTree, Tree, jit_argument
 
+Shardings: TypeAlias = tuple[NamedSharding | None, ...] | None
 Arrays = TypeVar("Arrays")  # a tree of the arrays that belong to one slow leaf
 
 # For use in eager Python, where arrays are concrete
@@ -39,25 +40,15 @@ def copy_to_own_buffers(tree: Tree) -> Tree:
     return jax.device_put(tree, jax.tree.map(sharding_of, tree), may_alias=False)
 
 
-def named_shardings(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
-    """Returns the shardings over meshes, one for each leaf, or None where no leaf has one.
-
-    Inside a transformation, or if there is only one device, it returns None, too.
-    """
-    if not trace.is_eager() or jax.device_count() == 1:
-        return None
+def named_shardings(tree: PyTree) -> Shardings:
+    """Returns the shardings over meshes, one for each leaf, or None where no leaf has one."""
     shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
     named = tuple(s if isinstance(s, NamedSharding) else None for s in shardings)
     return named if any(named) else None
 
 
 def match_devices(online: Tree, slow: PyTree) -> Tree:
-    """Returns the online tree with those arrays moved that jit cannot combine with the slow ones.
-
-    Inside a transformation, or if there is only one device, it returns the online tree unchanged.
-    """
-    if not trace.is_eager() or jax.device_count() == 1:
-        return online
+    """Returns the online tree with those arrays moved that jit cannot combine with the slow ones."""
     if jax.tree.structure(online) != jax.tree.structure(slow):
         return online  # `zip_leaves` will say where they differ
     return jax.tree.map(_match_devices, online, slow)

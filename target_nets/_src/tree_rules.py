@@ -8,10 +8,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from target_nets._src import arithmetic, checks, dtypes, placement, trees
+from target_nets._src.placement import Shardings
 from target_nets._src.state import COPY_ALL, Count, Plan, SlowCopy, next_count
 from target_nets._src.trees import Names, PyTree, Tree
 
@@ -28,6 +28,7 @@ def apply_plan(
     skipped: Count | None = None,
     step_size: ArrayLike | None = None,
     due_before: Count | None = None,
+    shardings: Shardings = None,
     donate: bool = False,
 ) -> tuple[SlowCopy, Count | None]:
     """Averages or copies all leaves, in one compiled call.
@@ -40,6 +41,7 @@ def apply_plan(
       skipped: How many averagings were skipped so far. None without `skip_nonfinite`.
       step_size: The step size if it is an array, else None.
       due_before: How many averagings were due before this one. Only schedules need it.
+      shardings: The shardings of the slow leaves, if they are known; see `placement.match_sharding`.
       donate: Whether to reuse the memory of the slow copy.
 
     Returns:
@@ -49,8 +51,7 @@ def apply_plan(
 
     def call() -> tuple[SlowCopy, Count | None]:
         scalars = skipped, step_size, due_before
-        static = plan, names, placement.named_shardings(slow.params)
-        return compiled(trees.jit_argument(online), slow, *scalars, *static)
+        return compiled(trees.jit_argument(online), slow, *scalars, plan, names, shardings)
 
     return trees.call_naming_leaves(call, online, slow.params, names)
 
@@ -96,7 +97,7 @@ def _apply_to_leaves(
     due_before: jax.Array,
     plan: Plan,
     names: Names,
-    shardings: tuple[NamedSharding | None, ...] | None,
+    shardings: Shardings,
 ) -> tuple[SlowCopy, jax.Array | None]:
     pairs, treedef = trees.zip_leaves(online, slow.params, names)
     averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
@@ -125,7 +126,7 @@ def _apply_to_leaves(
         results.append(placement.match_memory(after, old))
 
     if skipped is not None and finite is not None:
-        skipped = jnp.where(finite, skipped, next_count(skipped, 1))
+        skipped = lax.select(finite, skipped, next_count(skipped, 1))
     errors = [error for _, error in results]
     compensation = None if slow.compensation is None else treedef.unflatten(errors)
     return SlowCopy(treedef.unflatten([value for value, _ in results]), compensation), skipped

@@ -81,7 +81,13 @@ def _apply_in_place(
     plan: Plan, online: PyTree, state: State, due_before: Count | None, donate: bool
 ) -> tuple[SlowCopy, Count | None]:
     """Applies a plan where the slow copy is placed, and leaves the results there."""
-    online = placement.match_devices(online, state.params)
+    shardings = None
+    if eager := trace.is_eager():
+        if jax.device_count() > 1:
+            online = placement.match_devices(online, state.params)
+            shardings = placement.named_shardings(state.params)
+    else:
+        donate = False  # the user's jit decides whose memory it reuses
     slow, skipped = apply_plan(
         plan,
         online,
@@ -90,6 +96,7 @@ def _apply_in_place(
         skipped=state.skipped,
         step_size=state.step_size,
         due_before=due_before,
-        donate=donate and trace.is_eager(),  # inside a transformation that is up to the user's jit
+        shardings=shardings,
+        donate=donate,
     )
-    return placement.link_shardings(slow, state.slow), skipped
+    return (slow if eager else placement.link_shardings(slow, state.slow)), skipped

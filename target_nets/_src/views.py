@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from target_nets._src import arithmetic, dtypes, placement, trees
+from target_nets._src import arithmetic, dtypes, placement, trace, trees
 from target_nets._src.state import Settings, SlowCopy, State, check_is_one_target
 from target_nets._src.trees import PyTree
 from target_nets._src.update import NAMES
@@ -23,7 +23,8 @@ def read_params(state: State, settings: Settings) -> PyTree:
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
-    online = placement.match_devices(online, state.params)
+    if trace.is_eager() and jax.device_count() > 1:
+        online = placement.match_devices(online, state.params)
     return trees.call_naming_leaves(
         lambda: _distance(trees.jit_argument(online), state.slow), online, state.params, NAMES
     )
