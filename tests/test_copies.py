@@ -79,6 +79,14 @@ def test_a_copy_shares_no_numpy_array_with_the_target(how: str) -> None:
         assert np.ndim(x) == 0 or not np.shares_memory(np.asarray(x), np.asarray(y))
 
 
+@pytest.mark.parametrize("how", COPIES)
+def test_nobody_can_write_to_the_step(how: str) -> None:
+    target = EMATarget({"w": jnp.zeros(4)}, 0.5, skip_nonfinite=True)
+    for each in (target, COPIES[how](target)):
+        with pytest.raises(ValueError, match="read-only"):
+            each.step[...] = 7
+
+
 def test_a_copy_has_step_and_parameters_of_the_same_update() -> None:
     target = EMATarget({"w": jnp.zeros(2)}, 1.0)
     for step in range(1, 4):

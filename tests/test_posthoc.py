@@ -482,6 +482,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"target_gamma: expected shape \(\), got \(1,\)",
     ),
+    "target gamma below 0": (
+        lambda: posthoc.solve_weights([1, 2], [6, 16], 1, -0.5),
+        ValueError,
+        r"target_gamma: expected numbers in \[0, 1e\+30\], got -0\.5",
+    ),
     "complex step": (
         lambda: posthoc.solve_weights([1j, 2], [6, 16], 1, 10),
         TypeError,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import attrs
 import jax
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.tree_util import GetAttrKey
@@ -204,6 +205,9 @@ class Target(Generic[P]):
         return self._settings, self._state
 
     def __setstate__(self, fields: tuple[Settings, State]) -> None:
+        for count in (fields[1].step, fields[1].skipped):
+            if isinstance(count, np.ndarray):
+                count.setflags(write=False)  # a pickle does not keep this flag
         self.__attrs_init__(*fields)
 
 
@@ -213,7 +217,7 @@ AnyTarget = TypeVar("AnyTarget", bound=Target[Any])
 def make_target(target_class: type[AnyTarget], settings: Settings, state: State) -> AnyTarget:
     """Makes a target from what `__getstate__` returns, without any check."""
     target = object.__new__(target_class)
-    target.__setstate__((settings, state))
+    target.__attrs_init__(settings, state)
     return target
 
 
