@@ -179,8 +179,9 @@ class PeriodicTarget(Target[P]):
     __slots__ = ()
 
     def __init__(self, params: P, update_period: int, *, donate: bool = False) -> None:
+        settings = Settings(COPY_ALL, update_period, donate)
         slow = construct.first_slow_copy(params, construct.leaf_dtypes(params))
-        self.__attrs_init__(Settings(COPY_ALL, update_period, donate), State(slow, host_count(0)))
+        self.__attrs_init__(settings, State(slow, host_count(0)))
 
 
 register_pytree(EMATarget)

@@ -83,12 +83,14 @@ def test_a_target_updated_inside_the_train_step(kind: str, params: Any) -> None:
     target = jax.jit(lambda t: t)(target)
     for _ in range(3):
         params, target = step(params, target)
+    expected = arrays(target.params)
     train_and_donate(params)
-    arrays(target.params)
+    assert_equal_values(arrays(target.params), expected)
     sync = jax.jit(lambda p, t: (p, t.sync(p)))
     params, target = sync(perturb(target.params), target)
+    expected = arrays(params)
     train_and_donate(params)
-    arrays(target.params)
+    assert_equal_values(arrays(target.params), expected)
 
 
 def test_the_rules_return_no_buffer_of_the_new_tensors(params: Any) -> None:

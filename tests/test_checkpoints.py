@@ -317,13 +317,18 @@ def test_a_key_of_another_implementation_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:-1], lambda b: b[:3], lambda b: b[:0], lambda b: b + b"x"]
+    ("damage", "error"),
+    [
+        (lambda b: b[:-1], "incomplete"),
+        (lambda b: b[:0], "incomplete"),
+        (lambda b: b + b"x", "extra data"),
+    ],
 )
 def test_undecodable_bytes_raise_the_error_of_msgpack(
-    damage: Callable[[bytes], bytes],
+    damage: Callable[[bytes], bytes], error: str
 ) -> None:
     target = EMATarget({"w": jnp.zeros(2)}, 0.3)
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError, match=error):
         serialization.from_bytes(target, damage(serialization.to_bytes(target)))
     assert target.step == 0
 

@@ -190,7 +190,7 @@ def test_complex_is_compensated_part_by_part() -> None:
         assert_same((whole.real.copy(), whole.imag.copy()), (real, imaginary))
 
 
-MIXED = {
+LEAVES = {
     "bfloat16": jnp.ones(3, jnp.bfloat16),
     "float32": jnp.ones(3),
     "complex": jnp.ones(3, jnp.complex64),
@@ -199,11 +199,11 @@ MIXED = {
     "key": jax.random.key(0),
     "none": None,
 }
-MASK = {name: name != "copied" for name in MIXED if name != "none"} | {"none": None}
+MASK = {name: name != "copied" for name in LEAVES if name != "none"} | {"none": None}
 
 
 def test_only_averaged_leaves_have_a_compensation() -> None:
-    target = EMATarget(MIXED, 0.3, mask=MASK, compensated=True)
+    target = EMATarget(LEAVES, 0.3, mask=MASK, compensated=True)
     paths = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(target)}
     names = [name for name in paths if name.startswith(".compensation")]
     assert names == [f".compensation['{name}']" for name in ("bfloat16", "complex", "float32")]
@@ -214,9 +214,9 @@ def test_only_averaged_leaves_have_a_compensation() -> None:
 
 def test_the_compensation_is_saved_and_refused_by_a_target_without_one() -> None:
     def make(**settings: Any) -> Any:
-        return EMATarget(MIXED, 0.3, mask=MASK, **settings)
+        return EMATarget(LEAVES, 0.3, mask=MASK, **settings)
 
-    target = make(compensated=True).update(perturb(MIXED, 0.7))
+    target = make(compensated=True).update(perturb(LEAVES, 0.7))
     state = serialization.to_state_dict(target)
     assert list(state) == ["step", "params", "compensation"]
     assert state["compensation"]["integer"] is state["compensation"]["copied"] is None

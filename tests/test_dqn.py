@@ -155,7 +155,9 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(
         assert process.stderr is not None
         text = ""
         while "return=" not in text:  # the first block is done
-            text += process.stderr.read(1)
+            read = process.stderr.read(1)
+            assert read, f"it ended early: {text}"
+            text += read
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 130

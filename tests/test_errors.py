@@ -16,21 +16,21 @@ from helpers.trees import perturb
 
 from target_nets import EMATarget, PeriodicTarget
 
-START = {"a": {"w": jnp.zeros((3, 1)), "b": jnp.zeros(())}, "c": [jnp.arange(3), None]}
-ONLINE = perturb(START)
+PARAMS = {"a": {"w": jnp.zeros((3, 1)), "b": jnp.zeros(())}, "c": [jnp.arange(3), None]}
+ONLINE_PARAMS = perturb(PARAMS)
 W = "online_params['a']['w']: expected float32[3, 1] as in the slow copy, got "
 B = "online_params['a']['b']: expected float32[] as in the slow copy, got "
 
 
 def with_leaf(name: str, value: Any) -> Any:
     """Returns the online parameters with another leaf below "a"."""
-    tree = jax.tree.map(lambda x: x, ONLINE)
+    tree = jax.tree.map(lambda x: x, ONLINE_PARAMS)
     tree["a"][name] = value
     return tree
 
 
 def without_w() -> Any:
-    return {"a": {"b": ONLINE["a"]["b"]}, "c": ONLINE["c"]}
+    return {"a": {"b": ONLINE_PARAMS["a"]["b"]}, "c": ONLINE_PARAMS["c"]}
 
 
 MISFITS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -46,7 +46,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "scalar": (lambda: with_leaf("w", 1.0), ValueError, W + "float32[]"),
     "None leaf": (lambda: with_leaf("w", None), ValueError, W + "None"),
     "array for None": (
-        lambda: {**ONLINE, "c": [ONLINE["c"][0], 1.0]},
+        lambda: {**ONLINE_PARAMS, "c": [ONLINE_PARAMS["c"][0], 1.0]},
         ValueError,
         "online_params['c'][1]: expected None as in the slow copy, got float32[]",
     ),
@@ -62,12 +62,12 @@ MISFITS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "integer past 32 bits": (lambda: with_leaf("b", 2**31), TypeError, B + "int"),
     "integer past 64 bits": (lambda: with_leaf("b", -(2**70)), TypeError, B + "int"),
     "float into int": (
-        lambda: {**ONLINE, "c": [jnp.ones(3), None]},
+        lambda: {**ONLINE_PARAMS, "c": [jnp.ones(3), None]},
         TypeError,
         "online_params['c'][0]: expected int32[3] as in the slow copy, got float32[3]",
     ),
     "tuple for list": (
-        lambda: {**ONLINE, "c": tuple(ONLINE["c"])},
+        lambda: {**ONLINE_PARAMS, "c": tuple(ONLINE_PARAMS["c"])},
         ValueError,
         "online_params['c']: expected list as in the slow copy, got tuple",
     ),
@@ -82,7 +82,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "population": (lambda: with_leaf("w", jnp.ones((2, 3, 1))), ValueError, W + "float32[2, 3, 1]"),
     "empty": (dict, ValueError, "online_params['a']: expected dict as in the slow copy, got nothing"),
     "the target itself": (
-        lambda: EMATarget(START, 0.5),
+        lambda: EMATarget(PARAMS, 0.5),
         ValueError,
         "online_params: expected dict as in the slow copy, got EMATarget",
     ),
@@ -99,16 +99,16 @@ REFUSED_BY_JIT = (  # jit itself refuses these arguments, in its own words
 )
 SLOW_PERIOD = make_makers(period=10)
 TARGETS: dict[str, Callable[[], Any]] = {
-    "ema": lambda: MAKERS["ema"](START),
-    "ema, donate": lambda: MAKERS["ema, donate"](START),
-    "ema, compensated": lambda: MAKERS["ema, compensated"](START),
-    "ema, skipping": lambda: MAKERS["ema, skipping"](START),
-    "ema, between periods": lambda: SLOW_PERIOD["ema, period"](START),
-    "ema, after jit": lambda: jax.jit(lambda t: t)(MAKERS["ema, array"](START)),
-    "periodic": lambda: PeriodicTarget(START, 1),
-    "periodic, donate": lambda: PeriodicTarget(START, 1, donate=True),
-    "periodic, between periods": lambda: SLOW_PERIOD["periodic"](START),
-    "periodic, after jit": lambda: jax.jit(lambda t: t)(PeriodicTarget(START, 3)),
+    "ema": lambda: MAKERS["ema"](PARAMS),
+    "ema, donate": lambda: MAKERS["ema, donate"](PARAMS),
+    "ema, compensated": lambda: MAKERS["ema, compensated"](PARAMS),
+    "ema, skipping": lambda: MAKERS["ema, skipping"](PARAMS),
+    "ema, between periods": lambda: SLOW_PERIOD["ema, period"](PARAMS),
+    "ema, after jit": lambda: jax.jit(lambda t: t)(MAKERS["ema, array"](PARAMS)),
+    "periodic": lambda: PeriodicTarget(PARAMS, 1),
+    "periodic, donate": lambda: PeriodicTarget(PARAMS, 1, donate=True),
+    "periodic, between periods": lambda: SLOW_PERIOD["periodic"](PARAMS),
+    "periodic, after jit": lambda: jax.jit(lambda t: t)(PeriodicTarget(PARAMS, 3)),
 }
 
 
@@ -118,8 +118,8 @@ def check_misfit(kind: str, case: str) -> None:
     target, good = TARGETS[kind](), TARGETS[kind]()
     for updates in (0, 2):  # a mistake on the first update and on later ones
         for _ in range(updates):
-            target.update(ONLINE)
-            good.update(ONLINE)
+            target.update(ONLINE_PARAMS)
+            good.update(ONLINE_PARAMS)
         before = jax.tree.map(np.array, target)
         calls = [target.update, target.sync, target.distance]
         if updates and "between" in kind:
@@ -131,7 +131,7 @@ def check_misfit(kind: str, case: str) -> None:
                 call(bad())
             assert str(caught.value).startswith(message)
         assert_same(jax.tree.map(np.array, target), before)
-    assert_same(target.update(ONLINE).params, good.update(ONLINE).params)
+    assert_same(target.update(ONLINE_PARAMS).params, good.update(ONLINE_PARAMS).params)
     assert target.step == good.step == 3
 
 
@@ -149,33 +149,33 @@ def test_every_target_refuses_online_parameters_that_do_not_fit(kind: str) -> No
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_online_parameters_that_were_donated(kind: str) -> None:
-    target = TARGETS[kind]().sync(ONLINE).update(ONLINE).update(ONLINE)
+    target = TARGETS[kind]().sync(ONLINE_PARAMS).update(ONLINE_PARAMS).update(ONLINE_PARAMS)
     before = jax.tree.map(np.array, target)
-    donated = perturb(START)
+    donated = perturb(PARAMS)
     jax.jit(perturb, donate_argnums=0)(donated)
     for call in (target.update, target.sync, target.distance, partial(jitted_update, target)):
         if call != target.update or "between" not in kind:
             with pytest.raises((RuntimeError, ValueError), match="deleted"):  # in jax's own words
                 call(donated)
     assert_same(jax.tree.map(np.array, target), before)
-    assert target.update(ONLINE).step == 3
+    assert target.update(ONLINE_PARAMS).step == 3
 
 
 # Targets of a step size that is known only while the update runs.
 STEP_SIZES: dict[str, Callable[[float], Any]] = {
-    "array": lambda s: EMATarget(START, jnp.float32(s)),
-    "array, compensated": lambda s: EMATarget(START, jnp.float32(s), compensated=True),
-    "schedule": lambda s: EMATarget(START, lambda n: s + 0 * n),
-    "schedule, compensated": lambda s: EMATarget(START, lambda n: s + 0 * n, compensated=True),
-    "schedule that returns a number": lambda s: EMATarget(START, lambda n: s),
-    "traced": jax.jit(lambda s: EMATarget(START, s)),
+    "array": lambda s: EMATarget(PARAMS, jnp.float32(s)),
+    "array, compensated": lambda s: EMATarget(PARAMS, jnp.float32(s), compensated=True),
+    "schedule": lambda s: EMATarget(PARAMS, lambda n: s + 0 * n),
+    "schedule, compensated": lambda s: EMATarget(PARAMS, lambda n: s + 0 * n, compensated=True),
+    "schedule that returns a number": lambda s: EMATarget(PARAMS, lambda n: s),
+    "traced": jax.jit(lambda s: EMATarget(PARAMS, s)),
 }
 
 
 def check_clipping(how: str, value: float) -> None:
-    expected = ONLINE if value > 1 else {**START, "c": ONLINE["c"]}  # integers are copied
+    expected = ONLINE_PARAMS if value > 1 else {**PARAMS, "c": ONLINE_PARAMS["c"]}  # integers are copied
     for call in (EMATarget.update, jitted_update):
-        assert_same(call(STEP_SIZES[how](value), ONLINE).params, expected)
+        assert_same(call(STEP_SIZES[how](value), ONLINE_PARAMS).params, expected)
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, np.inf, -np.inf, np.nan])
@@ -198,7 +198,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"params\[0\]: expected an array, got object",
     ),
     "abstract params": (
-        lambda: EMATarget(jax.eval_shape(lambda: START), 0.5),
+        lambda: EMATarget(jax.eval_shape(lambda: PARAMS), 0.5),
         TypeError,
         r"params\['a'\]\['b'\]: expected an array, got ShapeDtypeStruct",
     ),
@@ -207,98 +207,102 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"params: expected an array, got .*float0",
     ),
-    "step size below 0": (lambda: EMATarget(START, -0.1), ValueError, "step_size: .* got -0.1"),
-    "step size above 1": (lambda: EMATarget(START, 1.5), ValueError, "step_size: .* got 1.5"),
-    "step size nan": (lambda: EMATarget(START, float("nan")), ValueError, "step_size: .* got nan"),
-    "NumPy step size": (lambda: EMATarget(START, np.array(2.0)), ValueError, "step_size: .* got 2.0"),
-    "step size huge": (lambda: EMATarget(START, 2**31), ValueError, "step_size: .* got 2147483648"),
-    "step size a huge integer": (lambda: EMATarget(START, 10**400), ValueError, "step_size: expected"),
+    "step size below 0": (lambda: EMATarget(PARAMS, -0.1), ValueError, "step_size: .* got -0.1"),
+    "step size above 1": (lambda: EMATarget(PARAMS, 1.5), ValueError, "step_size: .* got 1.5"),
+    "step size nan": (lambda: EMATarget(PARAMS, float("nan")), ValueError, "step_size: .* got nan"),
+    "NumPy step size": (lambda: EMATarget(PARAMS, np.array(2.0)), ValueError, "step_size: .* got 2.0"),
+    "step size huge": (lambda: EMATarget(PARAMS, 2**31), ValueError, "step_size: .* got 2147483648"),
+    "step size a huge integer": (lambda: EMATarget(PARAMS, 10**400), ValueError, "step_size: expected"),
     "huge integer in params": (
         lambda: EMATarget({"n": 2**70}, 0.1),
         TypeError,
         r"params\['n'\]: .* got int",
     ),
-    "step size a string": (lambda: EMATarget(START, "0.1"), TypeError, "step_size: .* got str"),
-    "step size None": (lambda: EMATarget(START, None), TypeError, "step_size: .* got None"),
-    "step size a boolean": (lambda: EMATarget(START, True), TypeError, r"step_size: .* got True"),
-    "step size complex": (lambda: EMATarget(START, 1j), TypeError, "step_size: .* got 1j"),
+    "step size a string": (lambda: EMATarget(PARAMS, "0.1"), TypeError, "step_size: .* got str"),
+    "step size None": (lambda: EMATarget(PARAMS, None), TypeError, "step_size: .* got None"),
+    "step size a boolean": (lambda: EMATarget(PARAMS, True), TypeError, r"step_size: .* got True"),
+    "step size complex": (lambda: EMATarget(PARAMS, 1j), TypeError, "step_size: .* got 1j"),
     "step size a vector": (
-        lambda: EMATarget(START, jnp.ones(3)),
+        lambda: EMATarget(PARAMS, jnp.ones(3)),
         ValueError,
         r"step_size: .* shape \[3\]",
     ),
-    "step size a list": (lambda: EMATarget(START, [0.1]), TypeError, "step_size: .* got list"),
+    "step size a list": (lambda: EMATarget(PARAMS, [0.1]), TypeError, "step_size: .* got list"),
     "schedule not hashable": (
-        lambda: EMATarget(START, _Unhashable()),
+        lambda: EMATarget(PARAMS, _Unhashable()),
         TypeError,
         "step_size: .* hashable",
     ),
     "EMA period 0": (
-        lambda: EMATarget(START, 0.1, update_period=0),
+        lambda: EMATarget(PARAMS, 0.1, update_period=0),
         ValueError,
         "update_period: .* got 0",
     ),
-    "period 0": (lambda: PeriodicTarget(START, 0), ValueError, "update_period: .* got 0"),
-    "period negative": (lambda: PeriodicTarget(START, -5), ValueError, "update_period: .* got -5"),
+    "period 0": (lambda: PeriodicTarget(PARAMS, 0), ValueError, "update_period: .* got 0"),
+    "period negative": (lambda: PeriodicTarget(PARAMS, -5), ValueError, "update_period: .* got -5"),
     "period too large": (
-        lambda: PeriodicTarget(START, 2**31),
+        lambda: PeriodicTarget(PARAMS, 2**31),
         ValueError,
         "update_period: .* 2147483648",
     ),
-    "period a float": (lambda: PeriodicTarget(START, 2.0), TypeError, r"update_period: .* got 2\.0"),
-    "period a boolean": (lambda: PeriodicTarget(START, True), TypeError, "update_period: .* got True"),
-    "period a string": (lambda: PeriodicTarget(START, "2"), TypeError, "update_period: .* got str"),
+    "period a float": (lambda: PeriodicTarget(PARAMS, 2.0), TypeError, r"update_period: .* got 2\.0"),
+    "period a boolean": (lambda: PeriodicTarget(PARAMS, True), TypeError, "update_period: .* got True"),
+    "period a string": (lambda: PeriodicTarget(PARAMS, "2"), TypeError, "update_period: .* got str"),
     "period a vector": (
-        lambda: PeriodicTarget(START, np.arange(3)),
+        lambda: PeriodicTarget(PARAMS, np.arange(3)),
         ValueError,
         "update_period: expected a scalar, got shape",
     ),
     "EMA period a float": (
-        lambda: EMATarget(START, 0.1, update_period=2.0),
+        lambda: EMATarget(PARAMS, 0.1, update_period=2.0),
         TypeError,
         r"update_period: .* got 2\.0",
     ),
-    "period None": (lambda: PeriodicTarget(START, None), TypeError, "update_period: .* got None"),
+    "period None": (lambda: PeriodicTarget(PARAMS, None), TypeError, "update_period: .* got None"),
     "period a device array": (
-        lambda: PeriodicTarget(START, jnp.int32(2)),
+        lambda: PeriodicTarget(PARAMS, jnp.int32(2)),
         TypeError,
         "update_period: .*Python",
     ),
-    "no step size": (lambda: EMATarget(START), TypeError, "step_size"),
-    "no period": (lambda: PeriodicTarget(START), TypeError, "update_period"),
-    "donate None": (lambda: EMATarget(START, 0.1, donate=None), TypeError, "donate"),
-    "donate a number": (lambda: PeriodicTarget(START, 2, donate=1), TypeError, "donate"),
-    "compensated None": (lambda: EMATarget(START, 0.1, compensated=None), TypeError, "compensated"),
-    "skip_nonfinite 1": (lambda: EMATarget(START, 0.1, skip_nonfinite=1), TypeError, "skip_nonfinite"),
+    "no step size": (lambda: EMATarget(PARAMS), TypeError, "step_size"),
+    "no period": (lambda: PeriodicTarget(PARAMS), TypeError, "update_period"),
+    "donate None": (lambda: EMATarget(PARAMS, 0.1, donate=None), TypeError, "donate"),
+    "donate a number": (lambda: PeriodicTarget(PARAMS, 2, donate=1), TypeError, "donate"),
+    "compensated None": (lambda: EMATarget(PARAMS, 0.1, compensated=None), TypeError, "compensated"),
+    "skip_nonfinite 1": (lambda: EMATarget(PARAMS, 0.1, skip_nonfinite=1), TypeError, "skip_nonfinite"),
     "mask of other structure": (
-        lambda: EMATarget(START, 0.1, mask={"a": True}),
+        lambda: EMATarget(PARAMS, 0.1, mask={"a": True}),
         ValueError,
         "mask: .* prefix",
     ),
     "mask of numbers": (
-        lambda: EMATarget(START, 0.1, mask={"a": 1, "c": 0}),
+        lambda: EMATarget(PARAMS, 0.1, mask={"a": 1, "c": 0}),
         TypeError,
         r"mask\['a'\]: .* got int",
     ),
-    "mask of strings": (lambda: EMATarget(START, 0.1, mask="a"), TypeError, "mask: .* got str"),
-    "mask that returns None": (lambda: EMATarget(START, 0.1, mask=lambda p: None), ValueError, "mask: "),
+    "mask of strings": (lambda: EMATarget(PARAMS, 0.1, mask="a"), TypeError, "mask: .* got str"),
+    "mask that returns None": (
+        lambda: EMATarget(PARAMS, 0.1, mask=lambda p: None),
+        ValueError,
+        "mask: ",
+    ),
     "accumulator an integer": (
-        lambda: EMATarget(START, 0.1, accumulator_dtype=jnp.int32),
+        lambda: EMATarget(PARAMS, 0.1, accumulator_dtype=jnp.int32),
         TypeError,
         "accumulator_dtype: expected a floating dtype, got int32",
     ),
     "accumulator complex": (
-        lambda: EMATarget(START, 0.1, accumulator_dtype="complex64"),
+        lambda: EMATarget(PARAMS, 0.1, accumulator_dtype="complex64"),
         TypeError,
         "accumulator_dtype: expected a floating dtype, got complex64",
     ),
     "accumulator no dtype": (
-        lambda: EMATarget(START, 0.1, accumulator_dtype="x"),
+        lambda: EMATarget(PARAMS, 0.1, accumulator_dtype="x"),
         TypeError,
         "accumulator_dtype",
     ),
-    "unknown argument": (lambda: EMATarget(START, 0.1, decay=0.9), TypeError, "decay"),
-    "settings by position": (lambda: EMATarget(START, 0.1, 2), TypeError, "positional"),
+    "unknown argument": (lambda: EMATarget(PARAMS, 0.1, decay=0.9), TypeError, "decay"),
+    "settings by position": (lambda: EMATarget(PARAMS, 0.1, 2), TypeError, "positional"),
 }
 
 
@@ -340,19 +344,19 @@ def test_invalid_arguments_of_the_constructors(case: str) -> None:
     ],
 )
 def test_schedules_that_fail(schedule: Any, error: type[Exception], message: str) -> None:
-    target = EMATarget(START, schedule)
+    target = EMATarget(PARAMS, schedule)
     for call in (EMATarget.update, jitted_update):
         with pytest.raises(error, match=message):
-            call(target, ONLINE)
+            call(target, ONLINE_PARAMS)
         assert target.step == 0
-        assert_same(target.params, START)
+        assert_same(target.params, PARAMS)
 
 
 def test_a_mistake_is_found_on_the_first_update_and_checks_cost_nothing_later() -> None:
-    target = PeriodicTarget(START, 10)
+    target = PeriodicTarget(PARAMS, 10)
     with pytest.raises(ValueError, match="got nothing"):
         target.update(without_w())
-    target.update(ONLINE)
+    target.update(ONLINE_PARAMS)
     target.update(without_w())  # between syncs nothing is read or checked
     again = jax.tree.map(lambda x: x, target)
     with pytest.raises(ValueError, match="got nothing"):
@@ -381,7 +385,7 @@ def test_an_abstract_target_must_be_restored_first(kind: str) -> None:
     abstract = jax.eval_shape(TARGETS[kind])
     for method in ("update", "sync", "distance"):
         with pytest.raises(TypeError, match=f"^{method}: this target is abstract, .* restore it first"):
-            getattr(abstract, method)(ONLINE)
+            getattr(abstract, method)(ONLINE_PARAMS)
 
 
 def test_a_target_restored_without_its_step_size_refuses_updates() -> None:

@@ -19,7 +19,7 @@ from helpers.targets import EVERYTHING, MAKERS, make_makers
 
 from target_nets import EMATarget, PeriodicTarget
 
-START = {"w": np.zeros(3, np.float32), "h": np.zeros(2, jnp.bfloat16), "n": np.int32(0)}
+ZEROS = {"w": np.zeros(3, np.float32), "h": np.zeros(2, jnp.bfloat16), "n": np.int32(0)}
 TARGETS: dict[str, Callable[[Any], Any]] = {
     **{kind: MAKERS[kind] for kind in ("ema", "ema, schedule", "ema, period", "ema, everything")},
     "periodic": make_makers(period=1)["periodic"],
@@ -54,7 +54,7 @@ def interrupt_at(call: Callable[[], Any], moment: int) -> bool:
 @pytest.mark.parametrize("method", ["update", "sync"])
 def test_ctrl_c_at_any_line_leaves_the_state_before_or_after_the_update(kind: str, method: str) -> None:
     def make_target() -> Any:
-        return TARGETS[kind](START).update(online(1)).update(online(2))
+        return TARGETS[kind](ZEROS).update(online(1)).update(online(2))
 
     before, after = make_target(), getattr(make_target(), method)(online(3))
     states = {bits(target): bits(target.update(online(4))) for target in (before, after)}
@@ -71,7 +71,7 @@ def test_ctrl_c_at_any_line_leaves_the_state_before_or_after_the_update(kind: st
 # Each is traced again at every moment: of another shape, or with another schedule.
 TRACED_AGAIN: dict[str, Callable[[int], Any]] = {
     "ema": lambda moment: EMATarget(np.zeros(7 + moment, np.float32), 0.3),
-    "ema, everything": lambda moment: EMATarget(START["h"], lambda n: 0.3, **EVERYTHING),
+    "ema, everything": lambda moment: EMATarget(ZEROS["h"], lambda n: 0.3, **EVERYTHING),
     "periodic": lambda moment: PeriodicTarget(np.zeros(7 + moment, np.float32), 1),
 }
 
@@ -116,7 +116,7 @@ SCHEDULES: dict[str, tuple[Any, type[BaseException]]] = {
 @pytest.mark.parametrize("donate", [False, True])
 def test_an_update_that_raises_leaves_the_target(case: str, donate: bool) -> None:
     schedule, error = SCHEDULES[case]
-    target = EMATarget(START, schedule, donate=donate, update_period=2, **EVERYTHING)
+    target = EMATarget(ZEROS, schedule, donate=donate, update_period=2, **EVERYTHING)
     target.update(online(1))
     before = bits(target)
     for update in (target.update, partial(jax.jit(lambda t, p: t.update(p)), target)):
@@ -128,7 +128,7 @@ def test_an_update_that_raises_leaves_the_target(case: str, donate: bool) -> Non
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_an_update_that_raises_on_the_device_leaves_the_target(kind: str) -> None:
-    target = TARGETS[kind](START).update(online(1)).update(online(2)).update(online(3))
+    target = TARGETS[kind](ZEROS).update(online(1)).update(online(2)).update(online(3))
     before, bad = bits(target), {**online(4), "w": np.full(3, np.nan, np.float32)}
     skipping = kind == "ema, everything"  # it counts, and computes no nan
     with jax.debug_nans(True), nullcontext() if skipping else pytest.raises(FloatingPointError):
@@ -138,8 +138,8 @@ def test_an_update_that_raises_on_the_device_leaves_the_target(kind: str) -> Non
 
 
 def test_a_transfer_that_is_disallowed_leaves_the_target() -> None:
-    params = jax.tree.map(jnp.asarray, START)
-    plain, scheduled = (TARGETS[kind](START).update(params) for kind in ("ema", "ema, schedule"))
+    params = jax.tree.map(jnp.asarray, ZEROS)
+    plain, scheduled = (TARGETS[kind](ZEROS).update(params) for kind in ("ema", "ema, schedule"))
     before = bits(scheduled)
     with jax.transfer_guard("disallow"):
         assert plain.update(params).step == 2

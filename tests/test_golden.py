@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from flax import serialization
 from golden.write import CASES, FOLDER, KEYS, Case, described, path
+from helpers.targets import INT32_MAX
 
 from target_nets import PeriodicTarget
-
-INT32_MAX = 2**31 - 1
 
 
 @pytest.fixture(params=CASES, name="name")

@@ -74,8 +74,8 @@ class Model:
 
 
 NAMES = ("w", "h", "copied", "n", "on", "key")
-START = {name: MIXED[name] for name in NAMES}
-SHAPES = {name: (x.shape, x.dtype) for name, x in START.items()}
+FIRST = {name: MIXED[name] for name in NAMES}
+SHAPES = {name: (x.shape, x.dtype) for name, x in FIRST.items()}
 MASK = {name: MIXED_MASK[name] for name in NAMES}
 
 
@@ -96,19 +96,19 @@ def ema(step_size: Any, function: Callable[[int], float], period: int = 1, **set
     averaged = ("w", "h") if "mask" in settings else ("w", "h", "copied")
     skipping = settings.get("skip_nonfinite", False)
     return (
-        lambda: EMATarget(START, step_size, update_period=period, **settings),
-        lambda: Model(values(START), function, period, averaged, skipping),
+        lambda: EMATarget(FIRST, step_size, update_period=period, **settings),
+        lambda: Model(values(FIRST), function, period, averaged, skipping),
     )
 
 
 def periodic(period: int, **settings: Any) -> Any:
     return (
-        lambda: PeriodicTarget(START, period, **settings),
-        lambda: Model(values(START), lambda n: 1.0, period, ()),
+        lambda: PeriodicTarget(FIRST, period, **settings),
+        lambda: Model(values(FIRST), lambda n: 1.0, period, ()),
     )
 
 
-KINDS = {
+CASES = {
     "ema": ema(0.3, lambda n: 0.3),
     "ema, schedule": ema(schedules.uniform(), lambda n: 1 / (n + 1), period=2, donate=True),
     "ema, out of range": ema(jnp.float32(1.5), lambda n: 1.5, mask=MASK),
@@ -142,7 +142,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "string": lambda: {**params(0), "h": "x"},
     "key": lambda: {**params(0), "key": jax.random.key(0, impl="rbg")},
 }
-ONLINE = params(1)
+CONSTANT = params(1)
 seeds = st.integers(0, 31)
 batches = st.lists(st.builds(params, seeds, st.booleans()), min_size=3, max_size=3)
 
@@ -166,8 +166,8 @@ class Pair:
                 "atol": 0 if exact else 1e-6,
             }
             np.testing.assert_allclose(x, self.model.slow[name], **tolerance)
-        expected = self.model.distance(values(ONLINE))
-        np.testing.assert_allclose(self.target.distance(ONLINE), expected, rtol=1e-3, atol=1e-5)
+        expected = self.model.distance(values(CONSTANT))
+        np.testing.assert_allclose(self.target.distance(CONSTANT), expected, rtol=1e-3, atol=1e-5)
 
 
 class Uses(RuleBasedStateMachine):
@@ -186,7 +186,7 @@ class Uses(RuleBasedStateMachine):
 
     @initialize(target=pairs)
     def make(self) -> Pair:
-        target, model = KINDS[self.kind]
+        target, model = CASES[self.kind]
         return self.add(target(), model())
 
     @rule(
@@ -246,7 +246,7 @@ class Uses(RuleBasedStateMachine):
             it.check()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_any_sequence_of_uses(kind: str) -> None:
     machine = type(Uses.__name__, (Uses,), {"kind": kind})
     run_state_machine_as_test(

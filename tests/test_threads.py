@@ -17,7 +17,7 @@ from helpers.targets import COPIES, MAKERS, make_makers
 from helpers.trees import mixed
 
 ACTORS = 4
-START, *ONLINES = ({name: mixed(seed)[name] for name in ("w", "h", "n")} for seed in range(98))
+FIRST, *ONLINES = ({name: mixed(seed)[name] for name in ("w", "h", "n")} for seed in range(98))
 TARGETS: dict[str, Callable[[Any], Any]] = {
     **{kind: MAKERS[kind] for kind in ("ema", "ema, schedule", "ema, everything")},
     "periodic": make_makers(period=3)["periodic"],
@@ -66,9 +66,9 @@ def read_while_learning(target: Any, updates: int, read: Callable[[Any], Any]) -
 @pytest.mark.parametrize("kind", TARGETS)
 def test_every_read_is_a_complete_slow_copy(kind: str) -> None:
     updates = 5_000 if kind in ("ema", "periodic") else 1_000
-    alone = TARGETS[kind](START)
+    alone = TARGETS[kind](FIRST)
     known = {bits(alone.params)} | {bits(t.params) for t in learn(alone, updates)}
-    for reads in read_while_learning(TARGETS[kind](START), updates, lambda target: bits(target.params)):
+    for reads in read_while_learning(TARGETS[kind](FIRST), updates, lambda target: bits(target.params)):
         assert set(reads) <= known
         assert len(set(reads)) > 1  # the target changed meanwhile
         assert reads[-1] == bits(alone.params)
@@ -85,9 +85,9 @@ ALL_COPIES = COPIES_IN_MEMORY | COPIES
 @pytest.mark.parametrize("how", ALL_COPIES)
 def test_every_copy_is_of_one_update(how: str) -> None:
     make, updates = MAKERS["ema, everything"], 500
-    alone = make(START)
+    alone = make(FIRST)
     known = [step_and_params(alone), *(step_and_params(target) for target in learn(alone, updates))]
-    copies = read_while_learning(make(START), updates, lambda t: step_and_params(ALL_COPIES[how](t)))
+    copies = read_while_learning(make(FIRST), updates, lambda t: step_and_params(ALL_COPIES[how](t)))
     for reads in copies:
         assert all(read == known[read[0]] for read in reads)
         assert [step for step, _ in reads] == sorted(step for step, _ in reads)
@@ -96,7 +96,7 @@ def test_every_copy_is_of_one_update(how: str) -> None:
 
 READS: dict[str, Callable[[Any], Any]] = {
     "params": lambda target: bits(target.params),
-    "distance": lambda target: float(target.distance(START)),
+    "distance": lambda target: float(target.distance(FIRST)),
     "state dict": lambda target: jax.tree.map(np.asarray, serialization.to_state_dict(target)),
     "repr": repr,
     **{
@@ -117,7 +117,7 @@ def test_an_update_between_any_two_instructions_of_a_read(kind: str, how: str) -
         return repr(READS[how](target))
 
     def make_target() -> Any:
-        target = TARGETS[kind](START)
+        target = TARGETS[kind](FIRST)
         return target.update(ONLINES[0]).update(ONLINES[1])
 
     before, after = read(make_target()), read(make_target().update(ONLINES[2]))

@@ -14,9 +14,8 @@ from target_nets._src import checks, dtypes, placement, trees
 from target_nets._src.state import Count, Schedule, host_count
 from target_nets._src.trees import PyTree, Tree
 
-Mask: TypeAlias = (
-    Any  # a tree prefix of booleans, a callable of the parameters that returns one, or None
-)
+# A tree prefix of booleans, a callable of the parameters that returns one, or None.
+Mask: TypeAlias = Any
 
 
 def leaf_dtypes(params: PyTree) -> list[dtypes.DType]:
@@ -50,14 +49,13 @@ def first_skipped(slow: PyTree) -> Count:
 
     If it started elsewhere, the second update would compile again.
     """
-    shardings = [sharding for x in jax.tree.leaves(slow) if (sharding := placement.sharding_of(x))]
-    if not shardings:
+    shardings = map(placement.sharding_of, jax.tree.leaves(slow))
+    sharding = next((sharding for sharding in shardings if sharding is not None), None)
+    if sharding is None:
         return host_count(0)
-    first = shardings[0]
-    replicated = (
-        NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
-    )
-    return jax.device_put(host_count(0), replicated)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(host_count(0), sharding)
 
 
 def resolve_mask(mask: Mask, params: PyTree) -> tuple[bool, ...]:

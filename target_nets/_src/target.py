@@ -192,7 +192,7 @@ class Target(Generic[P]):
     def __copy__(self) -> Self:
         state = self._state
         counts = {"step": state.step, "skipped": state.skipped, "step_size": state.step_size}
-        # Counters that are NumPy arrays are read-only, so that both targets can hold them.
+        # Counters that are NumPy arrays are read-only, so both targets can share them.
         on_device = {name: x for name, x in counts.items() if isinstance(x, jax.Array)}
         copied = copy_to_own_buffers({**state.slow._asdict(), **on_device})
         return make_target(type(self), self._settings, state._replace(**copied))

@@ -2,7 +2,8 @@
 
     python tests/golden/write.py
 
-`tests/test_golden.py` reads them. A file that exists is never written again, nor is its entry in
+`tests/test_golden.py` reads them. The trees are defined here and not shared with other tests, which
+may change theirs. A file that exists is never written again, nor is its entry in
 `keys.json`; a new case adds one to both. All values are short binary fractions, and all step sizes are
 powers of two, so that a run gives the same bits wherever it runs.
 """
