@@ -388,9 +388,10 @@ def test_an_abstract_target_must_be_restored_first(kind: str) -> None:
             getattr(abstract, method)(ONLINE_PARAMS)
 
 
-def test_a_target_restored_without_its_step_size_refuses_updates() -> None:
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_target_restored_without_its_step_size_refuses_updates(donate: bool) -> None:
     def make() -> Any:
-        return EMATarget({"w": jnp.zeros(2)}, jnp.float32(0.5))
+        return EMATarget({"w": jnp.zeros(2)}, jnp.float32(0.5), donate=donate)
 
     restored = from_bytes(jax.eval_shape(make), to_bytes(make()))
     with pytest.raises(TypeError, match=r"^update: the step size is abstract.* that has a step size"):

@@ -11,7 +11,7 @@ from helpers.comparisons import arrays, assert_same
 from helpers.trees import perturb
 
 import target_nets
-from target_nets import apply_updates, incremental_update, periodic_update
+from target_nets import EMATarget, PeriodicTarget, apply_updates, incremental_update, periodic_update
 
 OLD = {"a": {"w": jnp.array([[1.0, 2.0]]), "b": jnp.zeros(2)}, "c": (jnp.ones(()), None)}
 NEW = perturb(OLD)
@@ -70,6 +70,27 @@ def test_an_old_leaf_that_is_no_array_is_named() -> None:
     ):
         with pytest.raises(TypeError, match=r"new_tensors\['w'\]: expected str as in old_tensors"):
             rule({"w": jnp.ones(2)}, {"w": "a string"})
+
+
+@pytest.mark.parametrize("refused", [2**70, "a string"], ids=["huge", "string"])
+def test_a_refused_leaf_is_named_with_and_without_jit(refused: Any) -> None:
+    tensors = {"a": 1.5}, {"a": refused}
+    for disabled in (False, True):
+        with jax.disable_jit(disabled):
+            for new, old in (tensors, tensors[::-1]):
+                for rule in (
+                    lambda new, old: incremental_update(new, old, 0.5),
+                    lambda new, old: periodic_update(new, old, 2, 2),
+                    lambda new, old: periodic_update(new, old, jnp.int32(2), 2),
+                ):
+                    with pytest.raises(TypeError, match=r"new_tensors\['a'\]: expected"):
+                        rule(new, old)
+                with pytest.raises(TypeError, match=r"updates\['a'\]: expected"):
+                    apply_updates(new, old)
+            for target in (EMATarget(tensors[0], 0.5), PeriodicTarget(tensors[0], 1)):
+                for method in (target.update, target.sync, target.distance):
+                    with pytest.raises(TypeError, match=r"online_params\['a'\]: expected"):
+                        method(tensors[1])
 
 
 def test_periodic_update_on_plain_numbers_starts_nothing_off_its_period(trace_counter: Any) -> None:

@@ -156,13 +156,23 @@ def test_numpy_arrays_may_be_changed_after_an_update() -> None:
 @on_devices
 @each_mesh
 def test_an_eager_update_of_other_shardings_is_one_compiled_call(
-    axes: AxisType, trace_counter: Any
+    axes: AxisType, trace_counter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     online, slow = (put(VALUES, mesh_of(axes), place) for place in (REPLICATED, SHARDED))
     target = EMATarget(slow, 0.5)
+    moved: list[Any] = []
+    device_put = jax.device_put
+
+    def recording_device_put(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, jax.core.Tracer):
+            moved.append(x)  # between two shardings it goes through the host, and waits for it
+        return device_put(x, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_put", recording_device_put)
     with trace_counter() as compiled:
         target.update(online)
     assert len(compiled) == 1
+    assert not moved
     assert_placed(target, slow)
 
 

@@ -333,3 +333,13 @@ def test_strict_dtype_promotion(kind: str) -> None:
         target = jitted_update(make(kind), ONLINE).update(ONLINE)
         target.distance(ONLINE)
     assert_same(target.params, twice(update)(make(kind)).params)
+
+
+def test_the_leaves_have_these_keys_in_this_order() -> None:
+    target = EMATarget(START, jnp.float32(0.5), compensated=True, skip_nonfinite=True)
+    keys = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(target)]
+    assert keys == [".params['w']", ".step", ".skipped", ".compensation['w']", ".step_size"]
+    keys = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(PeriodicTarget(START, 2))
+    ]
+    assert keys == [".params['w']", ".step"]
