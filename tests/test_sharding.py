@@ -155,6 +155,23 @@ def test_numpy_arrays_may_be_changed_after_an_update() -> None:
 
 @on_devices
 @each_mesh
+@pytest.mark.parametrize("kind", ["ema, all settings", "ema, period", "periodic"])
+def test_a_target_that_jit_closes_over_stays_where_it_is(kind: str, axes: AxisType) -> None:
+    mesh = mesh_of(axes)
+    start = put(ZEROS, mesh, SHARDED)
+    for online in (put(VALUES, mesh, place) for place in (SHARDED, REPLICATED)):
+        for donate in (False, True):
+            target = make(kind, start, donate)
+            for _ in range(2):  # an averaging is due in one of them
+                with jax.set_mesh(mesh):  # jax asks for it where all that is left are constants
+                    new = jax.jit(lambda x, target=target: target.updated(x))(online)
+                assert_placed(new, start)
+                target.update(online)
+                assert_same(jax.device_get(new.params), jax.device_get(target.params))
+
+
+@on_devices
+@each_mesh
 def test_an_eager_update_of_other_shardings_is_one_compiled_call(
     axes: AxisType, trace_counter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

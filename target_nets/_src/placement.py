@@ -131,6 +131,24 @@ def link_shardings(new: Tree, old: Tree) -> Tree:
     return jax.tree.map(_link, new, old)
 
 
+def pin_constants(slow: Tree) -> Tree:
+    """Returns a slow copy that a transformation closes over, with arrays that XLA treats like arguments.
+
+    As constants of the program they would lose their shardings, and XLA would reorder sums with them, so
+    that the rounding errors of `compensated` would be lost.
+    """
+    return jax.tree.map(_pin_constant, slow)
+
+
+def _pin_constant(x: Leaf) -> Leaf:
+    if isinstance(x, Tracer):
+        return x  # of an outer transformation
+    pinned, sharding = lax.optimization_barrier(x), sharding_of(x)
+    if isinstance(sharding, NamedSharding) and not in_host_memory(x):
+        pinned = match_sharding(pinned, pinned, sharding)
+    return pinned
+
+
 @jax.custom_jvp
 def _link(new: jax.Array, old: jax.Array) -> jax.Array:
     # Without an Auto axis XLA has nothing to decide, and sharding groups do not work on a Manual axis.

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
 from target_nets._src import summary, trace, update, views
-from target_nets._src.placement import copy_to_own_buffers
+from target_nets._src.placement import copy_to_own_buffers, pin_constants
 from target_nets._src.state import Count, Settings, State
 from target_nets._src.trees import PyTree
 
@@ -122,6 +122,8 @@ class Target(Generic[P]):
           ({'w': Array(0., dtype=float32)}, {'w': Array(0.5, dtype=float32)})
         """
         old = self._state
+        if self._trace != trace.current_trace():  # a transformation closes over this target
+            old = old._replace(**pin_constants(old.slow)._asdict())
         new = update.advance(old, online_params, self._settings, donate=False)
         if self._settings.donate and new.params is old.params and not isinstance(new.step, Tracer):
             # No averaging was due, so both targets hold the same arrays. If one target donated them

@@ -56,10 +56,6 @@ def _advance_counted(state: State, online: PyTree, settings: Settings, donate: b
     step = next_count(int(state.step), period)
     slow, skipped = state.slow, state.skipped
     if step % period == 0:
-        if slow.compensation is not None and not trace.is_eager():
-            # A transformation closes over the slow copy, so it is a constant of the program. XLA would
-            # reorder sums with constants, and their rounding errors would be lost.
-            state = state._replace(**lax.optimization_barrier(slow)._asdict())
         # Only schedules need the count, and it takes time to send it to the device.
         due_before = host_count(step // period - 1) if callable(plan.step_size) else None
         slow, skipped = _apply_in_place(plan, online, state, due_before, donate)
