@@ -127,5 +127,5 @@ def periodic_update(
         return tree_rules.copy_if_due(new_tensors, old_tensors, steps, update_period)
     if steps % update_period == 0:
         return tree_rules.apply_plan_to_tensors(COPY_ALL, new_tensors, old_tensors)
-    trees.zip_leaves(new_tensors, old_tensors, tree_rules.TENSOR_NAMES)
+    tree_rules.check_tensors(new_tensors, old_tensors)
     return old_tensors

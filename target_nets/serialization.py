@@ -27,10 +27,19 @@ Example:
 
 from flax import serialization
 
+from target_nets import schedules
+from target_nets._src.export import register_export
 from target_nets._src.state_dict import from_state_dict, to_state_dict
 from target_nets.targets import EMATarget, PeriodicTarget
 
 __all__: list[str] = []  # importing the module registers the classes, and that is all it does
 
-serialization.register_serialization_state(EMATarget, to_state_dict, from_state_dict)
-serialization.register_serialization_state(PeriodicTarget, to_state_dict, from_state_dict)
+_SCHEDULES = {
+    schedule.__name__: schedule
+    for schedule in map(vars(schedules).get, schedules.__all__)
+    if isinstance(schedule, type)
+}
+
+for target_class in (EMATarget, PeriodicTarget):
+    serialization.register_serialization_state(target_class, to_state_dict, from_state_dict)
+    register_export(target_class, _SCHEDULES)

@@ -14,11 +14,13 @@ Three mistakes that no check can find:
   optimizes the slow copy, and weight decay shrinks it. Build the optimizer over the network.
 """
 
-from typing import TypeVar, final
+from typing import TypeVar, cast, final
 
+import attrs
+import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import checks, construct, dtypes
+from target_nets._src import checks, construct, dtypes, placement, unwrap
 from target_nets._src.state import COPY_ALL, Count, Plan, Schedule, Settings, State, host_count
 from target_nets._src.target import Target, register_pytree
 
@@ -104,8 +106,9 @@ class EMATarget(Target[P]):
         skip_nonfinite: bool = False,
         donate: bool = False,
     ) -> None:
-        param_dtypes = construct.leaf_dtypes(params)
-        averaged = construct.resolve_mask(mask, params)
+        arrays = unwrap.unwrap(params)
+        param_dtypes = construct.leaf_dtypes(arrays)
+        averaged = construct.resolve_mask(mask, params, arrays)
         accumulator = checks.check_accumulator_dtype(accumulator_dtype)
         stored_dtypes = dtypes.storage_dtypes(param_dtypes, averaged, accumulator)
         static_step_size, array_step_size = construct.parse_step_size(step_size)
@@ -113,19 +116,52 @@ class EMATarget(Target[P]):
             plan=Plan(all(averaged) or averaged, static_step_size),
             update_period=update_period,
             donate=donate,
-            param_dtypes=None if stored_dtypes == param_dtypes else tuple(param_dtypes),
+            param_dtypes=construct.dtypes_to_restore(param_dtypes, stored_dtypes),
             compensated=compensated,
             skip_nonfinite=skip_nonfinite,
+            nnx_objects=unwrap.find_nnx_objects(params),
         )
-        slow = construct.first_slow_copy(params, stored_dtypes)
+        slow = construct.first_slow_copy(arrays, stored_dtypes)
         state = State(
+            settings,
             slow,
             host_count(0),
             skipped=construct.first_skipped(slow) if skip_nonfinite else None,
             compensation=construct.zero_compensation(slow, averaged) if compensated else None,
             step_size=array_step_size,
         )
-        self.__attrs_init__(settings, state)
+        self.__attrs_init__(state)
+
+    @property
+    def step_size(self) -> ArrayLike | Schedule:
+        """How far an averaging moves the slow copy: what was given, or assigned since then.
+
+        It may be assigned, and is checked as in the constructor. A new number or schedule compiles
+        again. An array does not, if it replaces an array of the same dtype. An assignment inside a
+        transformation needs a target that was passed into it, as `update` does.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from target_nets import EMATarget
+          >>> target = EMATarget({"w": 0.0}, step_size=jnp.float32(0.5))
+          >>> target.step_size = jnp.float32(0.25)
+          >>> target.update({"w": 1.0}).params
+          {'w': Array(0.25, dtype=float32)}
+        """
+        state = self._state
+        step_size = state.settings.plan.step_size if state.step_size is None else state.step_size
+        return cast("float | Schedule | jax.Array", step_size)  # one of the two was given
+
+    @step_size.setter
+    def step_size(self, step_size: ArrayLike | Schedule) -> None:
+        self._check_trace("step_size")
+        static_step_size, array_step_size = construct.parse_step_size(step_size)
+        state = self._state
+        if array_step_size is not None:
+            array_step_size = placement.put_beside(array_step_size, state.step_size)
+        plan = state.settings.plan._replace(step_size=static_step_size)
+        settings = attrs.evolve(state.settings, plan=plan)
+        self._state = state._replace(settings=settings, step_size=array_step_size)
 
     @property
     def skipped(self) -> Count:
@@ -179,9 +215,11 @@ class PeriodicTarget(Target[P]):
     __slots__ = ()
 
     def __init__(self, params: P, update_period: int, *, donate: bool = False) -> None:
-        settings = Settings(COPY_ALL, update_period, donate)
-        slow = construct.first_slow_copy(params, construct.leaf_dtypes(params))
-        self.__attrs_init__(settings, State(slow, host_count(0)))
+        arrays = unwrap.unwrap(params)
+        nnx_objects = unwrap.find_nnx_objects(params)
+        settings = Settings(COPY_ALL, update_period, donate, nnx_objects=nnx_objects)
+        slow = construct.first_slow_copy(arrays, construct.leaf_dtypes(arrays))
+        self.__attrs_init__(State(settings, slow, host_count(0)))
 
 
 register_pytree(EMATarget)

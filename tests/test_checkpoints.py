@@ -334,10 +334,16 @@ def test_undecodable_bytes_raise_the_error_of_msgpack(
 
 
 def test_tied_variables() -> None:
-    for params, arrays_held in ((nnx.state(Tied()), 2), (Tied(), 4)):  # as a module it has each twice
-        target = EMATarget(params, 0.3).update(perturb(params))
-        assert len(jax.tree.leaves(target.params)) == arrays_held
-        assert_same(through_bytes(target, EMATarget(params, 0.3)).params, target.params)
+    network, online = Tied(), Tied()
+    nnx.update(online, perturb(nnx.state(network)))
+    for read in (nnx.state, lambda module: module):
+        target = EMATarget(read(network), 0.3).update(read(online))
+        assert "arrays=2" in repr(target)
+        restored = through_bytes(target, EMATarget(read(network), 0.3))
+        assert_same(restored.params, target.params)
+        assert_same(nnx.state(restored.params), EMATarget(nnx.state(network), 0.3).update(online).params)
+    module = restored.params
+    assert module.encoder is module.decoder
 
 
 @pytest.mark.parametrize("kind", ["ema", "ema, array", "ema, everything", "periodic"])

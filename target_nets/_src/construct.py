@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from target_nets._src import checks, dtypes, placement, trees
 from target_nets._src.state import Count, Schedule, host_count
 from target_nets._src.trees import PyTree, Tree
+from target_nets._src.unwrap import unwrap_nnx_objects
 
 # A tree prefix of booleans, a callable of the parameters that returns one, or None.
 Mask: TypeAlias = Any
@@ -29,6 +30,15 @@ def first_slow_copy(params: Tree, stored_dtypes: Sequence[dtypes.DType]) -> Tree
     copies, treedef = jax.tree.flatten(placement.copy_to_own_buffers(params))
     pairs = zip(copies, stored_dtypes, strict=True)
     return treedef.unflatten([x if dtypes.is_key(dtype) else x.astype(dtype) for x, dtype in pairs])
+
+
+def dtypes_to_restore(
+    param_dtypes: Sequence[dtypes.DType], stored_dtypes: Sequence[dtypes.DType]
+) -> tuple[dtypes.DType | None, ...] | None:
+    """Returns `Settings.param_dtypes`: the dtypes of the parameters that are stored in another one."""
+    pairs = zip(param_dtypes, stored_dtypes, strict=True)
+    restored = tuple(None if dtype == stored else dtype for dtype, stored in pairs)
+    return None if all(dtype is None for dtype in restored) else restored
 
 
 def zero_compensation(slow: PyTree, averaged: Sequence[bool]) -> PyTree:
@@ -58,8 +68,8 @@ def first_skipped(slow: PyTree) -> Count:
     return jax.device_put(host_count(0), sharding)
 
 
-def resolve_mask(mask: Mask, params: PyTree) -> tuple[bool, ...]:
-    """Returns whether to average each leaf."""
+def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]:
+    """Returns whether to average each leaf of `arrays`, which are those of `params`."""
     if mask is None:
         mask = True
     elif callable(mask) and trees.is_leaf(mask):  # a callable module is a node: a tree of booleans
@@ -71,7 +81,7 @@ def resolve_mask(mask: Mask, params: PyTree) -> tuple[bool, ...]:
         return [bool(value)] * jax.tree.structure(branch).num_leaves
 
     try:
-        return tuple(jax.tree.leaves(tree_map_with_path(spread, mask, params)))
+        return tuple(jax.tree.leaves(tree_map_with_path(spread, unwrap_nnx_objects(mask), arrays)))
     except ValueError as error:
         raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
 
@@ -86,5 +96,6 @@ def parse_step_size(step_size: ArrayLike | Schedule) -> tuple[float | Schedule |
         return step_size, None
     checked = checks.check_step_size(step_size)
     if isinstance(step_size, jax.Array | np.ndarray):
-        return None, jnp.array(step_size)
+        array = jnp.array(step_size)
+        return None, array.astype(array.dtype)  # not weakly typed, so that assigning compiles nothing
     return float(checked), None

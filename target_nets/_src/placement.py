@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from target_nets._src import trace
 from target_nets._src.shard_alike import shard_alike
 from target_nets._src.trees import Leaf, PyTree, Tree, jit_argument
+from target_nets._src.unwrap import unwrap
 
 Shardings: TypeAlias = tuple[NamedSharding | None, ...] | None
 Arrays = TypeVar("Arrays")  # a tree of the arrays that belong to one slow leaf
@@ -35,9 +36,15 @@ def sharding_of(x: Leaf) -> Sharding | None:
 
 def copy_to_own_buffers(tree: Tree) -> Tree:
     """Returns the tree with copies of all arrays in new memory, with the shardings of the originals."""
-    tree = jit_argument(tree)
+    tree = jit_argument(unwrap(tree))
     # jax must be told the sharding of an array that spans several processes.
     return jax.device_put(tree, jax.tree.map(sharding_of, tree), may_alias=False)
+
+
+def put_beside(x: jax.Array, other: jax.Array | None) -> jax.Array:
+    """Returns an array where the other one is, if jax has been told where that is."""
+    sharding = sharding_of(other)
+    return x if sharding is None or isinstance(x, Tracer) else jax.device_put(x, sharding)
 
 
 def named_shardings(tree: PyTree) -> Shardings:

@@ -1,4 +1,4 @@
-"""What a target holds: settings that are fixed when it is made, and a state that updates replace."""
+"""What a target holds: its settings, and the arrays and counters that updates replace."""
 
 from collections.abc import Callable
 from itertools import compress
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from target_nets._src.checks import INT32_MAX, bool_converter, count_converter
 from target_nets._src.dtypes import DType
 from target_nets._src.trees import PyTree
+from target_nets._src.unwrap import NnxObjects
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 Count: TypeAlias = jax.Array | np.ndarray[Any, np.dtype[np.int32]]
@@ -36,24 +37,28 @@ AVERAGE_ALL, COPY_ALL = Plan(averaged=True), Plan(averaged=False)
 
 @attrs.frozen(cache_hash=True)
 class Settings:
-    """What is fixed when a target is made. The static part of the pytree; checkpoints do not hold it.
+    """What updates do not change: the static part of the pytree. Checkpoints do not hold it.
 
     Attributes:
       plan: What an update does to the leaves.
       update_period: The number of updates from one averaging (or copy) to the next.
       donate: Whether eager updates reuse the memory of the slow copy.
-      param_dtypes: The dtypes that `Target.params` returns. None if these are the stored ones.
+      param_dtypes: The dtypes that `Target.params` returns, one for each leaf, with None for a leaf that
+        is stored in its own dtype. None if all leaves are.
       compensated: Whether the state holds the rounding errors of the averages.
       skip_nonfinite: Whether to skip averagings when parameters hold inf or nan, and to count the
         skipped ones.
+      nnx_objects: The nnx objects in the parameters that the target was made from. The slow copy has
+        nested dicts in their places, and `Target.params` makes them again.
     """
 
     plan: Plan
     update_period: int = attrs.field(converter=count_converter("update_period"))
     donate: bool = attrs.field(converter=bool_converter("donate"))
-    param_dtypes: tuple[DType, ...] | None = None
+    param_dtypes: tuple[DType | None, ...] | None = None
     compensated: bool = attrs.field(default=False, converter=bool_converter("compensated"))
     skip_nonfinite: bool = attrs.field(default=False, converter=bool_converter("skip_nonfinite"))
+    nnx_objects: NnxObjects = ()
 
     @property
     def step_size_is_array(self) -> bool:
@@ -87,11 +92,12 @@ class SlowCopy(NamedTuple):
 
 
 class State(NamedTuple):
-    """The arrays and counters of a target.
+    """All that a target holds.
 
     An update replaces the whole record in one assignment. So other threads never see half of an update.
 
     Attributes:
+      settings: What updates do not change.
       params: The slow parameters; see `SlowCopy`.
       step: How many updates so far, an int32 scalar.
       skipped: How many averagings were skipped so far, an int32 scalar. None without `skip_nonfinite`.
@@ -101,6 +107,7 @@ class State(NamedTuple):
         updates between two averagings need not compare them again. It is not a child of the pytree.
     """
 
+    settings: Settings
     params: PyTree
     step: Count
     skipped: Count | None = None
@@ -115,7 +122,7 @@ class State(NamedTuple):
 
     def after_update(self, slow: SlowCopy, step: Count, skipped: Count | None) -> "State":
         """Returns the state with what an update has changed."""
-        return State(slow.params, step, skipped, slow.compensation, self.step_size, True)
+        return State(self.settings, slow.params, step, skipped, slow.compensation, self.step_size, True)
 
 
 def check_is_not_abstract(state: State, method: str) -> None:

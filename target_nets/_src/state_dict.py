@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx, serialization
+from flax import serialization
 from jax.core import Tracer
 
 from target_nets._src.checks import INT32_MAX
 from target_nets._src.dtypes import is_key, kind_of
 from target_nets._src.placement import copy_to_own_buffers, sharding_of
-from target_nets._src.state import Settings, State
+from target_nets._src.state import State
 from target_nets._src.target import AnyTarget, Target, make_target
 from target_nets._src.trees import Leaf, PyTree, describe, is_leaf, named_children
 
@@ -23,7 +23,7 @@ def to_state_dict(target: Target[Any]) -> dict[str, Any]:
     """Returns counters as integers, trees as nested dicts of arrays, and PRNG keys as their key data."""
     return {
         name: _save_count(child) if name in _COUNTERS else _nest(jax.tree.map(_key_data, child))
-        for name, child in _saved_children(*target.__getstate__()).items()
+        for name, child in _saved_children(target.__getstate__()).items()
     }
 
 
@@ -37,8 +37,8 @@ def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
     Raises:
       ValueError: The saved state does not fit the target.
     """
-    settings, state = target.__getstate__()
-    path, children = serialization.current_path(), _saved_children(settings, state)
+    state = target.__getstate__()
+    path, children = serialization.current_path(), _saved_children(state)
     _check_keys(children, saved, path)
     for name, child in children.items():
         restore = _restore_count if name in _COUNTERS else _restore_tree
@@ -46,11 +46,11 @@ def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
     step_size = state.step_size
     if isinstance(step_size, jax.Array):
         step_size = copy_to_own_buffers(step_size)
-    return make_target(type(target), settings, State(**children, step_size=step_size))
+    return make_target(type(target), State(state.settings, **children, step_size=step_size))
 
 
-def _saved_children(settings: Settings, state: State) -> dict[str, PyTree]:
-    return {name: getattr(state, name) for name in _SAVED if name in settings.child_names}
+def _saved_children(state: State) -> dict[str, PyTree]:
+    return {name: getattr(state, name) for name in _SAVED if name in state.settings.child_names}
 
 
 def _save_count(count: Any) -> Any:
@@ -72,15 +72,11 @@ def _key_data(leaf: Any) -> Any:
 def _nest(tree: PyTree) -> PyTree:
     """Returns a tree as nested dicts with string keys.
 
-    The names are those of flax.serialization for the nodes that it knows, those of `nnx.to_pure_dict`
-    for nnx objects, and the key paths of jax for all other nodes.
+    The names are those of flax.serialization for the nodes that it knows, and the key paths of jax for
+    all other nodes.
     """
     if tree is None or is_leaf(tree):
         return tree
-    if isinstance(tree, nnx.Variable):
-        return _nest(tree.get_value())
-    if isinstance(tree, nnx.State | nnx.Pytree):
-        tree = nnx.to_pure_dict(nnx.state(tree))
     named = serialization.to_state_dict(tree)
     if named is tree:
         named = named_children(tree)
@@ -89,9 +85,8 @@ def _nest(tree: PyTree) -> PyTree:
 
 def _restore_tree(template: PyTree, saved: Any, path: str) -> PyTree:
     leaves, treedef = jax.tree.flatten(template)
-    # The nested dict of the template, with the index of each leaf in its place. The indices are arrays,
-    # since `nnx.to_pure_dict` takes no integers for leaves.
-    indices = _nest(treedef.unflatten([np.array(index) for index in range(len(leaves))]))
+    # The nested dict of the template, with the index of each leaf in its place.
+    indices = _nest(treedef.unflatten(range(len(leaves))))
     _restore_leaves(indices, leaves, saved, path)
     return treedef.unflatten(leaves)
 
@@ -103,7 +98,7 @@ def _restore_leaves(indices: PyTree, leaves: list[Any], saved: Any, path: str) -
         for key, child in indices.items():
             _restore_leaves(child, leaves, saved[key], f"{path}/{key}")
     elif indices is not None:
-        leaves[int(indices)] = _restore_leaf(leaves[int(indices)], saved, path)
+        leaves[indices] = _restore_leaf(leaves[indices], saved, path)
     elif saved is not None:
         raise ValueError(f"{path}: expected None, got {describe(saved)}")
 

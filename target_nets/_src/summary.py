@@ -6,12 +6,13 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from target_nets._src.state import Settings, State
+from target_nets._src.state import State
 from target_nets._src.trees import describe
 
 
-def summarize(name: str, settings: Settings, state: State) -> str:
+def summarize(name: str, state: State) -> str:
     """Returns class, step, settings, and the number of arrays, parameters and bytes."""
+    settings = state.settings
     averaged, step_size = settings.plan.averaged, settings.plan.step_size
     parts: dict[str, object] = {"step": state.step}
     if settings.skip_nonfinite:

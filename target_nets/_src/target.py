@@ -23,13 +23,12 @@ P = TypeVar("P")
 class Target(Generic[P]):
     """A slow copy of a model's parameters and a counter of its updates."""
 
-    _settings: Settings
     _state: State  # each method reads it only once, since another thread may replace it
     _trace: trace.Trace = attrs.field(factory=trace.current_trace)  # where it may be changed in place
 
     if TYPE_CHECKING:  # attrs writes this method
 
-        def __attrs_init__(self, settings: Settings, state: State) -> None: ...
+        def __attrs_init__(self, state: State) -> None: ...
 
     @property
     def params(self) -> P:
@@ -47,7 +46,7 @@ class Target(Generic[P]):
           >>> target.params  # stored in float32, read in bfloat16
           {'w': Array([0, 0], dtype=bfloat16)}
         """
-        return views.read_params(self._state, self._settings)
+        return views.read_params(self._state)
 
     @property
     def step(self) -> Count:
@@ -93,8 +92,8 @@ class Target(Generic[P]):
           {'w': Array(0.5, dtype=float32)}
         """
         self._check_trace("update")
-        donate = self._settings.donate
-        self._state = update.advance(self._state, online_params, self._settings, donate=donate)
+        state = self._state
+        self._state = update.advance(state, online_params, donate=state.settings.donate)
         return self
 
     def updated(self, online_params: P) -> Self:
@@ -124,12 +123,12 @@ class Target(Generic[P]):
         old = self._state
         if self._trace != trace.current_trace():  # a transformation closes over this target
             old = old._replace(**pin_constants(old.slow)._asdict())
-        new = update.advance(old, online_params, self._settings, donate=False)
-        if self._settings.donate and new.params is old.params and not isinstance(new.step, Tracer):
+        new = update.advance(old, online_params, donate=False)
+        if old.settings.donate and new.params is old.params and not isinstance(new.step, Tracer):
             # No averaging was due, so both targets hold the same arrays. If one target donated them
             # later, the other would lose them.
             new = new._replace(**copy_to_own_buffers(new.slow)._asdict())
-        return make_target(type(self), self._settings, new)
+        return make_target(type(self), new)
 
     def sync(self, online_params: P) -> Self:
         """Copies all online parameters now, in place.
@@ -155,7 +154,8 @@ class Target(Generic[P]):
           {'w': Array([1., 1.], dtype=float32)}
         """
         self._check_trace("sync")
-        self._state = update.sync(self._state, online_params, donate=self._settings.donate)
+        state = self._state
+        self._state = update.sync(state, online_params, donate=state.settings.donate)
         return self
 
     def distance(self, online_params: P) -> jax.Array:
@@ -179,7 +179,7 @@ class Target(Generic[P]):
         return views.read_distance(self._state, online_params)
 
     def __repr__(self) -> str:
-        return summary.summarize(type(self).__name__, self._settings, self._state)
+        return summary.summarize(type(self).__name__, self._state)
 
     def _check_trace(self, method: str) -> None:
         """Raises if a change in place would be lost, or would leak a tracer."""
@@ -197,29 +197,29 @@ class Target(Generic[P]):
         # Counters that are NumPy arrays are read-only, so both targets can share them.
         on_device = {name: x for name, x in counts.items() if isinstance(x, jax.Array)}
         copied = copy_to_own_buffers({**state.slow._asdict(), **on_device})
-        return make_target(type(self), self._settings, state._replace(**copied))
+        return make_target(type(self), state._replace(**copied))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.__copy__()
 
-    def __getstate__(self) -> tuple[Settings, State]:
+    def __getstate__(self) -> State:
         """Returns all that a target holds. Pickles, pytrees and state dicts are made from it."""
-        return self._settings, self._state
+        return self._state
 
-    def __setstate__(self, fields: tuple[Settings, State]) -> None:
-        for count in (fields[1].step, fields[1].skipped):
+    def __setstate__(self, state: State) -> None:
+        for count in (state.step, state.skipped):
             if isinstance(count, np.ndarray):
                 count.setflags(write=False)  # a pickle does not keep this flag
-        self.__attrs_init__(*fields)
+        self.__attrs_init__(state)
 
 
 AnyTarget = TypeVar("AnyTarget", bound=Target[Any])
 
 
-def make_target(target_class: type[AnyTarget], settings: Settings, state: State) -> AnyTarget:
+def make_target(target_class: type[AnyTarget], state: State) -> AnyTarget:
     """Makes a target from what `__getstate__` returns, without any check."""
     target = object.__new__(target_class)
-    target.__attrs_init__(settings, state)
+    target.__attrs_init__(state)
     return target
 
 
@@ -239,13 +239,13 @@ def _flatten_with_keys(target: Target[Any]) -> tuple[list[tuple[Any, PyTree]], S
 
 
 def _flatten(target: Target[Any]) -> tuple[list[PyTree], Settings]:
-    settings, state = target.__getstate__()
-    return [getattr(state, name) for name in settings.child_names], settings
+    state = target.__getstate__()
+    return [getattr(state, name) for name in state.settings.child_names], state.settings
 
 
 def _unflatten(
     target_class: type[Target[Any]], settings: Settings, children: Iterable[PyTree]
 ) -> Target[Any]:
     # Nothing is checked, since jax may pass anything as a child.
-    state = State(**dict(zip(settings.child_names, children, strict=True)))
-    return make_target(target_class, settings, state)
+    state = State(settings, **dict(zip(settings.child_names, children, strict=True)))
+    return make_target(target_class, state)

@@ -3,6 +3,7 @@
 `apply_plan` serves `EMATarget`, `PeriodicTarget`, `incremental_update` and `periodic_update`.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from target_nets._src import arithmetic, checks, dtypes, placement, trees
 from target_nets._src.placement import Shardings
 from target_nets._src.state import COPY_ALL, Count, Plan, SlowCopy, next_count
 from target_nets._src.trees import Names, PyTree, Tree
+from target_nets._src.unwrap import find_nnx_objects, rewrap, unwrap
 
 TENSOR_NAMES = Names("new_tensors", "old_tensors")
 UPDATE_NAMES = Names("updates", "params")
@@ -59,31 +61,38 @@ def apply_plan(
 def apply_plan_to_tensors(
     plan: Plan, new: PyTree, old: Tree, step_size: ArrayLike | None = None
 ) -> Tree:
-    """Averages or copies all leaves of two plain trees."""
+    """Averages or copies all leaves of two trees."""
 
-    def call() -> Tree:
-        slow = SlowCopy(trees.jit_argument(old))
-        return apply_plan(plan, new, slow, TENSOR_NAMES, step_size=step_size)[0].params
+    def rule(new: PyTree, old: PyTree) -> PyTree:
+        return apply_plan(plan, new, SlowCopy(old), TENSOR_NAMES, step_size=step_size)[0].params
 
-    return trees.call_naming_leaves(call, new, old, TENSOR_NAMES)
+    return _call_rule(rule, new, old, TENSOR_NAMES)
 
 
 def copy_if_due(new: PyTree, old: Tree, steps: ArrayLike, period: ArrayLike) -> Tree:
     """Copies all leaves if the number of steps is a multiple of the period. The device decides it."""
-
-    def call() -> Tree:
-        return _copy_if_due(trees.jit_argument(new), trees.jit_argument(old), steps, period)
-
-    return trees.call_naming_leaves(call, new, old, TENSOR_NAMES)
+    return _call_rule(partial(_copy_if_due, steps=steps, period=period), new, old, TENSOR_NAMES)
 
 
 def add(updates: PyTree, params: Tree) -> Tree:
     """Adds the updates to the parameters."""
+    return _call_rule(_add, updates, params, UPDATE_NAMES)
 
-    def call() -> Tree:
-        return _add(trees.jit_argument(updates), trees.jit_argument(params))
 
-    return trees.call_naming_leaves(call, updates, params, UPDATE_NAMES)
+def check_tensors(new: PyTree, old: PyTree) -> None:
+    """Raises if two trees do not fit each other."""
+    trees.zip_leaves(unwrap(new), unwrap(old, read_refs=False), TENSOR_NAMES)
+
+
+def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree, names: Names) -> Tree:
+    """Calls a compiled rule with the arrays of two trees, and returns a tree like the old one."""
+    new_arrays, old_arrays = unwrap(new), unwrap(old, read_refs=False)
+
+    def call() -> PyTree:
+        return rule(trees.jit_argument(new_arrays), trees.jit_argument(old_arrays))
+
+    result = trees.call_naming_leaves(call, new_arrays, old_arrays, names)
+    return result if old_arrays is old else rewrap(result, find_nnx_objects(old))
 
 
 # Compiled functions

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from target_nets._src import dtypes
@@ -46,6 +47,7 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
     pairs = list(zip(new_leaves, old_leaves, strict=True))
     for index, (x, y) in enumerate(pairs):
         if (error := find_misfit(x, y)) is not None:
+            check_arrays(old, names.old)
             raise error(_mismatch(names, leaf_path(new, index), describe(x), describe(y))) from None
     return pairs, treedef
 
@@ -65,13 +67,8 @@ def call_naming_leaves(call: Callable[[], Result], new: PyTree, old: PyTree, nam
 def jit_argument(tree: Tree) -> Tree:
     """Returns the tree as an argument for a compiled function.
 
-    NumPy arrays are copied: jax may still read them after the call has returned, and it may use their
-    memory as its own. If jit is disabled, all leaves become jax arrays, as jit itself would make them.
+    If jit is disabled, all leaves become jax arrays, as jit itself would make them.
     """
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, np.ndarray):
-            tree = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
-            break
     return jax.tree.map(jnp.asarray, tree) if _CONFIG.jax_disable_jit else tree
 
 
@@ -114,10 +111,11 @@ def array_type(x: Leaf) -> Any:
     if isinstance(x, jax.Array):
         return x
     try:
-        found: Any = None if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    except (TypeError, ValueError, OverflowError):  # an nnx.Variable, or an int past 64 bits
+        found = None if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    except (TypeError, ValueError, OverflowError):  # an int past 64 bits
         return None
-    return found if found is not None and dtypes.kind_of(found.dtype) is not None else None
+    # jax also gives types to what is not an array, such as a Ref.
+    return found if isinstance(found, ShapedArray) and dtypes.kind_of(found.dtype) is not None else None
 
 
 def describe(x: Any) -> str:
@@ -160,7 +158,7 @@ def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[tuple[KeyP
                 got, expected = (describe(c[key]) if key in c else "nothing" for c in both)
                 yield (*path, *key), got, expected
     elif new_node != old_node:
-        static = f"{describe(new)} with other static data (settings, or train or eval mode)"
+        static = f"{describe(new)} with other static data"
         yield path, static, describe(old)
     else:
         for key in old_children:

@@ -11,7 +11,6 @@ from target_nets._src.state import (
     COPY_ALL,
     Count,
     Plan,
-    Settings,
     SlowCopy,
     State,
     check_is_not_abstract,
@@ -21,11 +20,12 @@ from target_nets._src.state import (
 )
 from target_nets._src.tree_rules import apply_plan
 from target_nets._src.trees import PyTree
+from target_nets._src.unwrap import unwrap
 
 NAMES = trees.Names("online_params", "the slow copy")
 
 
-def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -> State:
+def advance(state: State, online: PyTree, *, donate: bool) -> State:
     """Returns the state after one more update. With `donate` the old slow copy can no longer be read."""
     check_is_one_target(state, "update")
     if isinstance(state.step_size, jax.ShapeDtypeStruct):
@@ -34,14 +34,14 @@ def advance(state: State, online: PyTree, settings: Settings, *, donate: bool) -
             "that has a step size"
         )
     is_traced = isinstance(state.step, Tracer)
-    return (_advance_traced if is_traced else _advance_counted)(state, online, settings, donate)
+    return (_advance_traced if is_traced else _advance_counted)(state, online, donate)
 
 
-def _advance_traced(state: State, online: PyTree, settings: Settings, donate: bool) -> State:
+def _advance_traced(state: State, online: PyTree, donate: bool) -> State:
     """An update of a traced step: the device decides whether an averaging is due."""
-    period = settings.update_period
+    period, plan = state.settings.update_period, state.settings.plan
     step = next_count(state.step, period)
-    average = partial(_apply_in_place, settings.plan, online, state, step // period - 1, donate)
+    average = partial(_apply_in_place, plan, unwrap(online), state, step // period - 1, donate)
     if period == 1:
         slow, skipped = average()
     else:
@@ -49,27 +49,26 @@ def _advance_traced(state: State, online: PyTree, settings: Settings, donate: bo
     return state.after_update(slow, step, skipped)
 
 
-def _advance_counted(state: State, online: PyTree, settings: Settings, donate: bool) -> State:
+def _advance_counted(state: State, online: PyTree, donate: bool) -> State:
     """An update whose step Python knows: between two averagings nothing runs on the device."""
-    period, plan = settings.update_period, settings.plan
+    period, plan = state.settings.update_period, state.settings.plan
     # After jit the step is on the device. `int` waits for the device, once: the new step is on the host.
     step = next_count(int(state.step), period)
     slow, skipped = state.slow, state.skipped
     if step % period == 0:
         # Only schedules need the count, and it takes time to send it to the device.
         due_before = host_count(step // period - 1) if callable(plan.step_size) else None
-        slow, skipped = _apply_in_place(plan, online, state, due_before, donate)
+        slow, skipped = _apply_in_place(plan, unwrap(online), state, due_before, donate)
     elif not state.structure_checked:
-        trees.zip_leaves(online, slow.params, NAMES)
+        trees.zip_leaves(unwrap(online), slow.params, NAMES)
     return state.after_update(slow, host_count(step), skipped)
 
 
 def sync(state: State, online: PyTree, *, donate: bool) -> State:
     """Returns the state after a copy of all leaves, including nonfinite ones. The counters stay."""
     check_is_not_abstract(state, "sync")
-    slow, _ = _apply_in_place(
-        COPY_ALL, online, state._replace(skipped=None, step_size=None), None, donate
-    )
+    copied = state._replace(skipped=None, step_size=None)
+    slow, _ = _apply_in_place(COPY_ALL, unwrap(online), copied, None, donate)
     return state.after_update(slow, state.step, state.skipped)
 
 

@@ -6,23 +6,26 @@ import jax
 import jax.numpy as jnp
 
 from target_nets._src import arithmetic, dtypes, placement, trace, trees
-from target_nets._src.state import Settings, SlowCopy, State, check_is_one_target
+from target_nets._src.state import SlowCopy, State, check_is_one_target
 from target_nets._src.trees import PyTree
+from target_nets._src.unwrap import rewrap, unwrap
 from target_nets._src.update import NAMES
 
 
-def read_params(state: State, settings: Settings) -> PyTree:
-    """Returns the slow parameters in the dtypes of the parameters that the target was made from."""
-    if settings.param_dtypes is None:
-        return jax.tree.map(lambda x: x, state.params)  # new containers, which the user may change
-    cast = partial(_cast_params, param_dtypes=settings.param_dtypes)
-    is_abstract = isinstance(state.step, jax.ShapeDtypeStruct)
-    return jax.eval_shape(cast, state.slow) if is_abstract else cast(state.slow)
+def read_params(state: State) -> PyTree:
+    """Returns the slow parameters as the target's user knows them: their dtypes and nnx objects."""
+    params, param_dtypes = state.params, state.settings.param_dtypes
+    if param_dtypes is not None:
+        cast = partial(_cast_params, param_dtypes=param_dtypes)
+        is_abstract = isinstance(state.step, jax.ShapeDtypeStruct)
+        params = jax.eval_shape(cast, state.slow) if is_abstract else cast(state.slow)
+    return rewrap(params, state.settings.nnx_objects)
 
 
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
+    online = unwrap(online)
     if trace.is_eager() and jax.device_count() > 1:
         online = placement.match_devices(online, state.params)
     return trees.call_naming_leaves(
@@ -31,15 +34,15 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="param_dtypes")
-def _cast_params(slow: SlowCopy, param_dtypes: tuple[dtypes.DType, ...]) -> PyTree:
+def _cast_params(slow: SlowCopy, param_dtypes: tuple[dtypes.DType | None, ...]) -> PyTree:
     params, treedef = jax.tree.flatten(slow.params)
     leaves = zip(params, slow.errors(), param_dtypes, strict=True)
     return treedef.unflatten([_cast_leaf(x, error, dtype) for x, error, dtype in leaves])
 
 
-def _cast_leaf(stored: jax.Array, error: jax.Array | None, dtype: dtypes.DType) -> jax.Array:
-    """Returns a slow leaf in another dtype. Its rounding error is added before it is rounded again."""
-    if stored.dtype == dtype:
+def _cast_leaf(stored: jax.Array, error: jax.Array | None, dtype: dtypes.DType | None) -> jax.Array:
+    """Returns a slow leaf in this dtype. Its rounding error is added before it is rounded again."""
+    if dtype is None:
         return stored
     value, error = placement.to_device_memory((stored, error))
     if error is not None:
