@@ -1,5 +1,6 @@
 """`update`, `sync` and `distance` with each setting, compared with plain NumPy."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,18 @@ import optax
 import pytest
 from flax import nnx
 from helpers.comparisons import arrays, assert_close, assert_equal_values, assert_same
-from helpers.targets import INT32_MAX, UPDATES, at_step, scan_updates
-from helpers.trees import perturb
+from helpers.compilations import count_compilations
+from helpers.targets import INT32_MAX, UPDATES, at_step, harmonic, scan_updates
+from helpers.trees import ONLINE, START, perturb
 
-from target_nets import EMATarget, PeriodicTarget, apply_updates, incremental_update, periodic_update
+from target_nets import (
+    EMATarget,
+    PeriodicTarget,
+    apply_updates,
+    incremental_update,
+    periodic_update,
+    schedules,
+)
 
 PARAMS = {"w": np.zeros((2, 3), np.float32), "b": np.ones(3, np.float32)}
 
@@ -383,3 +392,77 @@ def test_numbers_as_leaves_with_and_without_jit(number: Any) -> None:
     compiled = results()
     with jax.disable_jit():
         assert_same(results(), compiled)
+
+
+# The step size may be read and assigned
+
+
+@pytest.mark.parametrize(
+    "given",
+    [0.25, 1, harmonic, schedules.uniform(), jnp.float32(0.25)],
+    ids=["float", "int", "function", "schedule", "array"],
+)
+def test_the_step_size_reads_as_it_was_given_and_can_be_assigned(given: Any) -> None:
+    assert EMATarget(START, given).step_size == given
+    for first in (0.5, harmonic, jnp.float32(0.5)):
+        target, expected = EMATarget(START, first), EMATarget(START, given)
+        target.step_size = given
+        assert target.step_size == given
+        assert_same(target, expected)  # treedef and leaves
+        for apply in UPDATES.values():
+            target, expected = apply(target, ONLINE), apply(expected, ONLINE)
+        assert_same(target, expected)
+
+
+def test_an_assigned_array_compiles_nothing() -> None:
+    """As a number that changes at each call does in SBX, which lets users assign tau."""
+    for kind in ("eager", "jit"):
+        for place in (lambda x: x, partial(jax.device_put, device=jax.devices()[0])):
+            target = EMATarget(place(START), jnp.float32(0.1))
+            expected = np.zeros(3)
+            for n, rate in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6)):
+                with count_compilations() as messages:
+                    target.step_size = [jnp.float32(rate), np.float32(rate), jnp.array(rate)][n % 3]
+                    target = UPDATES[kind](target, ONLINE)
+                assert n < 3 or not messages  # each kind of scalar is copied by a program of its own
+                expected += rate * (1 - expected)
+            np.testing.assert_allclose(target.params["w"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("refused", "error", "message"),
+    [
+        (1.5, ValueError, "step_size: expected a number in .0, 1., got 1.5"),
+        ("0.5", TypeError, "step_size: expected a real scalar, got str"),
+        (jnp.ones(2), ValueError, "step_size: expected a scalar, got shape"),
+        (None, TypeError, "step_size: expected a real scalar, got None"),
+    ],
+    ids=str,
+)
+def test_a_refused_step_size_changes_nothing(refused: Any, error: Any, message: str) -> None:
+    target = EMATarget(START, 0.5)
+    with pytest.raises(error, match=message):
+        target.step_size = refused
+    assert target.step_size == 0.5
+    assert_same(target, EMATarget(START, 0.5))
+
+
+def test_the_step_size_inside_of_transformations() -> None:
+    target = EMATarget(START, jnp.float32(0.5))
+
+    def assign(target: EMATarget[Any], rate: Any) -> EMATarget[Any]:
+        target.step_size = rate
+        return target.update(ONLINE)
+
+    with pytest.raises(RuntimeError, match=r"EMATarget\.step_size: this target was made outside"):
+        jax.jit(lambda rate: assign(target, rate))(0.25)
+    assert target.step_size == 0.5
+    moved = jax.jit(assign)(target, jnp.float32(0.25))
+    assert (moved.step_size, moved.params["w"][0], target.step_size) == (0.25, 0.25, 0.5)
+    swept = jax.vmap(assign, in_axes=(None, 0))(target, jnp.array([0.0, 0.5, 1.0]))
+    np.testing.assert_array_equal(swept.params["w"][:, 0], [0.0, 0.5, 1.0])
+
+
+def test_a_periodic_target_has_no_step_size() -> None:
+    with pytest.raises(AttributeError):
+        PeriodicTarget(START, 2).step_size = 0.5  # type: ignore[attr-defined]

@@ -120,8 +120,8 @@ def array_type(x: Leaf) -> Any:
 
 def describe(x: Any) -> str:
     """Returns how a message describes a leaf or a node, such as `float32[3, 4]` or `dict`."""
-    if x is None:
-        return "None"
+    if x is None or isinstance(x, jax.Ref):  # a traced Ref is of another class
+        return "None" if x is None else "Ref"
     # A NumPy array is described as it is. jax would show the dtype that it converts it to.
     is_numpy = isinstance(x, np.ndarray | np.generic)
     known = x if is_numpy else array_type(x) if is_leaf(x) else None

@@ -1,0 +1,137 @@
+"""Refs, and nnx Variables that hold them, are read wherever online parameters come in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.comparisons import arrays, assert_same
+from helpers.targets import MAKERS
+
+from target_nets import EMATarget, apply_updates, incremental_update, periodic_update
+
+START = {"w": jnp.zeros((2, 3)), "k": jax.random.key(0), "b": jnp.zeros(2, jnp.bfloat16)}
+ONLINE = {"w": jnp.full((2, 3), 0.25), "k": jax.random.key(1), "b": jnp.ones(2, jnp.bfloat16)}
+
+
+def as_refs(tree: Any) -> Any:
+    """The tree with Refs in the places of its numbers. jax has no Refs of keys."""
+
+    def as_ref(x: jax.Array) -> Any:
+        return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jax.new_ref(x)
+
+    return jax.tree.map(as_ref, tree)
+
+
+METHODS: dict[str, Callable[[Any, Any], Any]] = {
+    "update": lambda target, online: target.update(online),
+    "updated": lambda target, online: target.updated(online),
+    "sync": lambda target, online: target.sync(online),
+    "distance": lambda target, online: target.distance(online),
+    "constructor": lambda _, online: EMATarget(online, 0.5),
+}
+RULES: dict[str, Callable[[Any, Any], Any]] = {
+    "incremental_update": lambda new, old: incremental_update(new, old, 0.5),
+    "periodic_update": lambda new, old: periodic_update(new, old, 4, 2),
+    "periodic_update, not due": lambda new, old: periodic_update(new, old, 1, 2),
+    "periodic_update, jax": lambda new, old: periodic_update(new, old, jnp.int32(4), 2),
+    "apply_updates": lambda new, old: apply_updates(old, new),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_read_refs(method: str, kind: str) -> None:
+    call = METHODS[method]
+    for wrap in (lambda f: f, jax.jit):
+        got = wrap(call)(MAKERS[kind](START), as_refs(ONLINE))
+        expected = wrap(call)(MAKERS[kind](START), ONLINE)
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_read_new_refs(rule: str) -> None:
+    call = RULES[rule]
+    new, old = ({name: tree[name] for name in ("w", "b")} for tree in (ONLINE, START))
+    for wrap in (lambda f: f, jax.jit):
+        assert_same(wrap(call)(as_refs(new), old), wrap(call)(new, old))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_refuse_old_refs(rule: str) -> None:
+    call, name = RULES[rule], "params" if rule == "apply_updates" else "old_tensors"
+    new, old = {"w": ONLINE["w"]}, {"w": jax.new_ref(START["w"])}
+    for wrap in (lambda f: f, jax.jit):
+        with pytest.raises(TypeError, match=rf"{name}\['w'\]: expected an array, got Ref"):
+            wrap(call)(new, old)
+
+
+def test_a_ref_that_a_train_step_writes_to() -> None:
+    """The Ref is read at the time of the call, and the slow copy does not follow it afterwards."""
+
+    @jax.jit
+    def train(target: EMATarget[Any], ref: Any) -> EMATarget[Any]:
+        ref[...] += 1.0
+        target.update({"w": ref})
+        ref[...] += 100.0
+        ref[...] -= 100.0
+        return target
+
+    target, ref = EMATarget({"w": jnp.zeros(3)}, 0.5), jax.new_ref(jnp.zeros(3))
+    for _ in range(3):
+        target = train(target, ref)
+    np.testing.assert_allclose(target.params["w"], (1 / 2 + 2) / 2 / 2 + 3 / 2 - 0.0)
+    ref[...] = jnp.full(3, 9.0)
+    assert target.params["w"][0] < 9
+
+
+def test_refs_in_loops_and_branches() -> None:
+    ref, target = {"w": jax.new_ref(jnp.ones(3))}, EMATarget({"w": jnp.zeros(3)}, 0.5, update_period=2)
+
+    def body(target: Any, _: None) -> tuple[Any, jax.Array]:
+        return target.update(ref), target.distance(ref)
+
+    target, _ = jax.lax.scan(body, target, length=4)
+    np.testing.assert_array_equal(target.params["w"], np.full(3, 0.75))
+
+    def step(target: Any, p: jax.Array) -> Any:
+        return jax.lax.cond(p, lambda t: t.updated(ref), lambda t: t, target)
+
+    target = jax.jit(step)(target, True)
+    assert target.step == 5
+
+
+@pytest.mark.parametrize("form", ["module", "state", "nested"])
+@pytest.mark.parametrize(
+    "defaults", [{"ref": True}, {"hijax": True}, {"ref": True, "hijax": True}], ids=str
+)
+def test_variables_that_hold_refs_or_are_hijax(defaults: dict[str, bool], form: str) -> None:
+    with nnx.var_defaults(**defaults):
+        module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    params = {"module": module, "state": nnx.state(module), "nested": {"net": module}}[form]
+    plain = nnx.to_pure_dict(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+    plain = {"net": plain} if form == "nested" else plain
+    for kind in ("ema", "ema, everything", "periodic"):
+        target, expected = MAKERS[kind](params), MAKERS[kind](plain)
+        for method in ("update", "sync", "update"):
+            METHODS[method](target, params)
+            METHODS[method](expected, plain)
+        assert_same(arrays(target), arrays(expected))
+        assert_same(target.distance(params), expected.distance(plain))
+        assert jax.tree.structure(target.params) == jax.tree.structure(params)
+        if defaults != {"ref": True, "hijax": True}:  # jax cannot read these inside jit
+            assert_same(
+                arrays(jax.jit(METHODS["update"])(target, params)), arrays(expected.update(plain))
+            )
+    for rule in RULES.values():
+        assert type(rule(params, params)) is type(params)
+
+
+def test_whatever_else_jax_gives_a_type_is_refused_by_path() -> None:
+    token = jax.lax.create_token() if hasattr(jax.lax, "create_token") else object()
+    for leaf in (token, "text", object()):
+        with pytest.raises(TypeError, match=r"params\['w'\]: expected an array"):
+            EMATarget({"w": leaf}, 0.5)
