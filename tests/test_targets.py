@@ -422,7 +422,9 @@ def test_an_assigned_array_compiles_nothing() -> None:
             expected = np.zeros(3)
             for n, rate in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6)):
                 with count_compilations() as messages:
-                    target.step_size = [jnp.float32(rate), np.float32(rate), jnp.array(rate)][n % 3]
+                    target.step_size = [jnp.float32(rate), np.array(rate, np.float32), jnp.array(rate)][
+                        n % 3
+                    ]
                     target = UPDATES[kind](target, ONLINE)
                 assert n < 3 or not messages  # each kind of scalar is copied by a program of its own
                 expected += rate * (1 - expected)
