@@ -3,7 +3,8 @@
 After `import target_nets as optax` a program that makes these three calls still gives the right result,
 or fails with an error that names the problem. The main differences from optax: the result keeps the
 dtypes of the tree that is updated, leaves that are not inexact are copied, shapes and structures must
-match exactly, and no result shares memory with the new tensors.
+match exactly, and no result shares memory with the new tensors. nnx objects stand for their arrays. Refs
+among the new tensors are read.
 """
 
 from jax.typing import ArrayLike

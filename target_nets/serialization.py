@@ -1,7 +1,9 @@
-"""Checkpoints: how `flax.serialization` saves and restores a target.
+"""Checkpoints: how `flax.serialization` saves and restores a target, and how `jax.export` writes one.
 
 Importing the package registers both classes. Then `to_state_dict`, `from_state_dict`, `to_bytes` and
-`from_bytes` of flax take a target, alone or anywhere inside a state such as a `TrainState`.
+`from_bytes` of flax take a target, alone or anywhere inside a state such as a `TrainState`. `jax.export`
+serializes functions that take or return a target, with its settings. It cannot write a schedule that is
+not of this package, nor the nnx objects that a target was made from.
 
 The state dict holds what changes during training, `{"step": int, "params": nested dict}`. The counters
 of a population, which `vmap` has batched, are arrays. With `skip_nonfinite` it also holds `skipped`, an

@@ -3,15 +3,13 @@
 `EMATarget` averages and `PeriodicTarget` copies. Both are objects that `update` changes in place, and
 both are pytrees. So they serve eager Python and functions that jax transforms.
 
-Three mistakes that no check can find:
+Two mistakes that no check can find:
 
 - A target is updated inside `jax.jit` and not returned. Then the target outside keeps its old value,
   since `jit` gives the function a copy. Return it. Inside `nnx.jit` a target that is part of an nnx
   object that was passed in needs no return.
 - A jitted function reads `target.params` of a target that was not passed in. Then the values are
   compiled as constants, and the function never sees a later update. Pass the target in.
-- `nnx.Optimizer(agent, ..., wrt=nnx.Param)` is built over an agent that owns a target. Then it also
-  optimizes the slow copy, and weight decay shrinks it. Build the optimizer over the network.
 """
 
 from typing import TypeVar, cast, final
@@ -39,9 +37,9 @@ class EMATarget(Target[P]):
     was restored into.
 
     Args:
-      params: The parameters to start from, a tree of arrays of any shapes and dtypes. For an Equinox
-        module, pass `eqx.filter(module, eqx.is_array)`. The target copies them, and the slow copy keeps
-        their placement.
+      params: The parameters to start from, a tree of arrays of any shapes and dtypes. An nnx module, an
+        `nnx.State` or a Ref stands for its arrays. For an Equinox module, pass `eqx.filter(module,
+        eqx.is_array)`. The target copies them, and the slow copy keeps their placement.
       step_size: How far an averaging moves the slow copy towards the online parameters, in [0, 1]. It
         equals one minus the decay. It may be a number, a scalar array or a schedule. An array is a leaf
         of the target, so that `vmap` can sweep it. A schedule is a hashable callable. Its argument is
@@ -188,8 +186,8 @@ class PeriodicTarget(Target[P]):
     It is used, passed into transformations and saved in the same way as an `EMATarget`.
 
     Args:
-      params: The parameters to start from, a tree of arrays of any shapes and dtypes. The target copies
-        them, and the slow copy keeps their placement.
+      params: The parameters to start from, as for an `EMATarget`. The target copies them, and the slow
+        copy keeps their placement.
       update_period: The period K, an integer from 1 to 2**31-1. The updates K, 2K, ... copy the online
         parameters.
       donate: Whether `update` and `sync` in eager Python reuse the memory of the slow copy. Then what

@@ -34,7 +34,7 @@ class Target(Generic[P]):
     def params(self) -> P:
         """The slow copy, with the structure, shapes and dtypes of the parameters it was made from.
 
-        Leaves that are stored in another dtype are cast on reading, in one compiled call. The others may
+        nnx objects come back as they were, with types and metadata, each time in new Variables. Leaves that are stored in another dtype are cast on reading, in one compiled call. The others may
         be the target's own arrays. To continue training from them, copy them: your train step may donate
         them, and with `donate=True` the next update does. An abstract target, from `jax.eval_shape`, has
         abstract parameters.
@@ -73,7 +73,8 @@ class Target(Generic[P]):
 
         Args:
           online_params: The online parameters, with the structure and shapes of `params`. The kind of a
-            leaf may be narrower than that of the slow copy (bool < int < float < complex).
+            leaf may be narrower than that of the slow copy (bool < int < float < complex). An nnx
+            module, its `nnx.State` and its pure dict are the same here. Refs are read.
 
         Returns:
           The target itself, so that calls can be chained, and returned from the body of a scan.
