@@ -3,10 +3,13 @@
 The slow copy keeps its placement. An update moves the online parameters to the devices of the slow copy,
 computes in device memory, and puts the result where the slow copy was. An array's type (`jax.typeof`)
 shows its kind of memory and, on Explicit axes of a mesh, its sharding. It does not show the sharding on
-Auto axes. In eager Python `named_shardings` reads that from the arrays. Inside a user's jit XLA decides
+Auto axes. In eager Python `match_devices` reads that from the arrays. Inside a user's jit XLA decides
 it, and `link_shardings` tells XLA what to keep alike.
 """
 
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -16,7 +19,6 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from target_nets._src import trace
-from target_nets._src.shard_alike import shard_alike
 from target_nets._src.trees import Leaf, PyTree, Tree, jit_argument
 from target_nets._src.unwrap import unwrap
 
@@ -47,18 +49,21 @@ def put_beside(x: jax.Array, other: jax.Array | None) -> jax.Array:
     return x if sharding is None or isinstance(x, Tracer) else jax.device_put(x, sharding)
 
 
-def named_shardings(tree: PyTree) -> Shardings:
-    """Returns the shardings over meshes, one for each leaf, or None where no leaf has one."""
-    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+def match_devices(online: Tree, slow: PyTree) -> tuple[Tree, Shardings]:
+    """Moves those online arrays that jit cannot combine with the slow ones.
+
+    Returns:
+      The online tree, and the shardings over meshes of the slow arrays: one for each leaf, or None if no
+      leaf has one.
+    """
+    leaves = jax.tree.leaves(slow)
+    if not any(getattr(x, "committed", False) for x in leaves):
+        return online, None
+    if jax.tree.structure(online) == jax.tree.structure(slow):  # else `zip_leaves` will say it
+        online = jax.tree.map(_match_devices, online, slow)
+    shardings = map(sharding_of, leaves)
     named = tuple(s if isinstance(s, NamedSharding) else None for s in shardings)
-    return named if any(named) else None
-
-
-def match_devices(online: Tree, slow: PyTree) -> Tree:
-    """Returns the online tree with those arrays moved that jit cannot combine with the slow ones."""
-    if jax.tree.structure(online) != jax.tree.structure(slow):
-        return online  # `zip_leaves` will say where they differ
-    return jax.tree.map(_match_devices, online, slow)
+    return online, named if any(named) else None
 
 
 def _match_devices(x: Leaf, slow: jax.Array) -> Leaf:
@@ -133,7 +138,7 @@ def link_shardings(new: Tree, old: Tree) -> Tree:
     one lowering, so the links would join the arrays of all these calls. In eager Python, or if there is
     only one device, it returns the new arrays unchanged.
     """
-    if trace.is_eager() or jax.device_count() == 1:
+    if trace.is_eager(new, old) or jax.device_count() == 1:
         return new
     return jax.tree.map(_link, new, old)
 
@@ -167,7 +172,22 @@ def _link(new: jax.Array, old: jax.Array) -> jax.Array:
         # cannot drop this select, so it makes a separate array. In host memory the leaf is separate
         # already.
         new = lax.select(lax.optimization_barrier(jnp.bool_(False)), old, new)
-    return shard_alike(new, old)
+    return _get_shard_alike()(new, old)
+
+
+@cache
+def _get_shard_alike() -> Callable[[jax.Array, jax.Array], jax.Array]:
+    try:
+        from target_nets._src.shard_alike import shard_alike
+    except ImportError:
+        warnings.warn(
+            "target_nets: this jax cannot link shardings, so inside jit XLA chooses where on the Auto "
+            "axes of a mesh a slow copy is. Give the jit its out_shardings, or use Explicit axes.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return lambda new, _: new
+    return shard_alike
 
 
 _link.defjvp(lambda primals, tangents: (_link(*primals), tangents[0]))  # a link changes no value

@@ -1,7 +1,9 @@
 """A jax primitive that makes XLA shard two arrays alike.
 
-It replaces `jax.experimental.shard_alike`, which jax 0.12 removed. It puts both arrays into one
-sharding group of Shardy, XLA's partitioner.
+It puts both arrays into one sharding group of Shardy, XLA's partitioner. The function of that name in
+`jax.experimental`, which jax 0.12 removed, gives all pairs of one shape and dtype the same group.
+
+jax documents none of the names that this file imports from `jax.extend` and `jax.interpreters`.
 """
 
 from typing import Any
@@ -36,13 +38,22 @@ def _batch(
 def _lower(context: Any, new: Any, old: Any) -> list[Any]:
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         return [new]  # GSPMD, the partitioner before Shardy, does not know these groups
-    # Each module numbers its groups anew. So a program does not depend on what was traced before it, and
-    # the compilation cache finds it. The offset keeps clear of Shardy's own groups, which count from 0.
-    group_id = 2**32 + context.module_context.new_channel()
-    attribute = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), group_id)
+    # The module itself counts its groups. So a program does not depend on what was traced before it, and
+    # the compilation cache finds it.
+    attributes = context.module_context.module.operation.attributes
+    group = attributes[_NEXT_GROUP] if _NEXT_GROUP in attributes else _int64(_FIRST_GROUP)
+    attributes[_NEXT_GROUP] = _int64(int(group) + 1)
     for value in (new, old):
-        sdy.ShardingGroupOp(value, attribute)
+        sdy.ShardingGroupOp(value, group)
     return [new]
+
+
+def _int64(value: int) -> Any:
+    return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
+
+
+_NEXT_GROUP = "target_nets.next_sharding_group"
+_FIRST_GROUP = 2**32  # clear of other groups, which count from 0
 
 
 _shard_alike_p = Primitive("shard_alike")

@@ -1,22 +1,52 @@
-"""Whether a jax transformation is running, and which one. No other file asks jax for it."""
+"""Which jax transformation is running. No other file asks jax for it.
 
+jax documents no way to ask. If this one is ever gone, targets still work, but an update that a
+transformation would lose is no longer refused, and `updated` no longer notices that a transformation
+closes over the target (see `placement.pin_constants`).
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import TypeAlias
 
-from jax.core import eval_context
+import jax
+from jax.core import Tracer
 
-try:
-    from jax.extend.core import get_opaque_trace_state as current_trace
-except ImportError:  # before jax 0.10
-    from jax.core import get_opaque_trace_state as current_trace
+from target_nets._src.trees import PyTree
 
-Trace: TypeAlias = (
-    object  # jax has no public type for it; two of them are equal if the trace is the same
-)
-
-with eval_context():  # the package may be imported for the first time inside a traced function
-    EAGER: Trace = current_trace()
+# jax has no public type for it. Two of them are equal if the same transformation is running.
+Trace: TypeAlias = object
 
 
-def is_eager() -> bool:
-    """Whether no transformation is running, so that arrays are concrete."""
-    return current_trace() == EAGER
+def current_trace() -> Trace:
+    """Returns what identifies the transformation that is running."""
+    return _get_trace()()
+
+
+def is_eager(*arrays: PyTree) -> bool:
+    """Whether no transformation is running, or, where jax does not tell, these arrays are concrete."""
+    if (eager := _eager_trace()) is not None:
+        return current_trace() == eager
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays))
+
+
+@cache
+def _get_trace() -> Callable[[], Trace]:
+    try:
+        from jax.extend.core import get_opaque_trace_state
+    except ImportError:
+        warnings.warn(
+            "target_nets: this jax does not tell which transformation is running, so `update` cannot "
+            "refuse a target that was made outside of it. Such an update is lost, or leaks a tracer.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return lambda: None
+    return get_opaque_trace_state
+
+
+@cache
+def _eager_trace() -> Trace:
+    with jax.ensure_compile_time_eval():  # the first call may come from inside a transformation
+        return current_trace()

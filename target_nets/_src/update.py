@@ -77,10 +77,8 @@ def _apply_in_place(
 ) -> tuple[SlowCopy, Count | None]:
     """Applies a plan where the slow copy is placed, and leaves the results there."""
     shardings = None
-    if eager := trace.is_eager():
-        if jax.device_count() > 1:
-            online = placement.match_devices(online, state.params)
-            shardings = placement.named_shardings(state.params)
+    if eager := trace.is_eager(online, state.params):
+        online, shardings = placement.match_devices(online, state.params)
     else:
         donate = False  # the user's jit decides whose memory it reuses
     slow, skipped = apply_plan(

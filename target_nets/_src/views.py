@@ -26,8 +26,8 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
     online = unwrap(online)
-    if trace.is_eager() and jax.device_count() > 1:
-        online = placement.match_devices(online, state.params)
+    if trace.is_eager(online, state.params):
+        online, _ = placement.match_devices(online, state.params)
     return trees.call_naming_leaves(
         lambda: _distance(trees.jit_argument(online), state.slow), online, state.params, NAMES
     )
