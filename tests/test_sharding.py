@@ -73,7 +73,10 @@ def test_on_virtual_devices() -> None:
 
 FIRST_IMPORTED_IN_JIT = """
 import jax, jax.numpy as jnp
-jax.jit(lambda x: __import__("target_nets") and x)(0)
+def first(x):
+    from target_nets import EMATarget
+    return EMATarget(x, 0.5).update(x).params
+jax.jit(first)(jnp.ones(2))
 from target_nets import EMATarget
 here, there = jax.devices()
 target = EMATarget({"w": jax.device_put(jnp.zeros(4), here)}, 0.5, donate=True)
@@ -85,7 +88,7 @@ assert target.params["w"].devices() == {here}
 
 
 @pytest.mark.skipif(not ONE_DEVICE, reason="runs in the outer process alone")
-def test_a_first_import_inside_jit_disables_nothing() -> None:
+def test_a_first_import_and_use_inside_jit_disables_nothing() -> None:
     run_program(FIRST_IMPORTED_IN_JIT, devices=2)
 
 

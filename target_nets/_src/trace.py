@@ -48,5 +48,9 @@ def _get_trace() -> Callable[[], Trace]:
 
 @cache
 def _eager_trace() -> Trace:
-    with jax.ensure_compile_time_eval():  # the first call may come from inside a transformation
+    try:
+        from jax.core import eval_context
+    except ImportError:
+        return None
+    with eval_context():  # the first call may come from inside a transformation
         return current_trace()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from target_nets._src import dtypes
@@ -21,6 +20,7 @@ Leaf: TypeAlias = Any  # whatever the user passes, before it is checked
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 
+_TYPE_OF_ARRAYS: Any = type(jax.typeof(0.0))  # it has no documented name
 _CONFIG: Any = jax.config  # jax's annotations do not list its settings
 
 
@@ -111,11 +111,11 @@ def array_type(x: Leaf) -> Any:
     if isinstance(x, jax.Array):
         return x
     try:
-        found = None if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+        found: Any = None if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     except (TypeError, ValueError, OverflowError):  # an int past 64 bits
         return None
-    # jax also gives types to what is not an array, such as a Ref.
-    return found if isinstance(found, ShapedArray) and dtypes.kind_of(found.dtype) is not None else None
+    is_array = isinstance(found, _TYPE_OF_ARRAYS)  # jax also gives types to Refs, for example
+    return found if is_array and dtypes.kind_of(found.dtype) is not None else None
 
 
 def describe(x: Any) -> str:
