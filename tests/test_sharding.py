@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,7 +61,8 @@ def make(kind: str, params: Any, donate: bool = False) -> Any:
 
 @pytest.mark.skipif(not ONE_DEVICE, reason="runs in the outer process alone")
 def test_on_virtual_devices() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    platforms = str(Path(__file__).with_name("test_platforms.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, platforms]
     environment = cpu_environment(DEVICES)
     assert "IN_OUTER_PROCESS" not in os.environ, "this process should have more devices"
     environment |= {"IN_OUTER_PROCESS": "no"}
