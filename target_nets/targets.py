@@ -16,9 +16,10 @@ from typing import TypeVar, cast, final
 
 import attrs
 import jax
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import checks, construct, dtypes, placement, unwrap
+from target_nets._src import checks, construct, dtypes, unwrap
 from target_nets._src.state import COPY_ALL, Count, Plan, Schedule, Settings, State, host_count
 from target_nets._src.target import Target, register_pytree
 
@@ -109,7 +110,8 @@ class EMATarget(Target[P]):
         averaged = construct.resolve_mask(mask, params, arrays)
         accumulator = checks.check_accumulator_dtype(accumulator_dtype)
         stored_dtypes = dtypes.storage_dtypes(param_dtypes, averaged, accumulator)
-        static_step_size, array_step_size = construct.parse_step_size(step_size)
+        slow = construct.first_slow_copy(arrays, stored_dtypes)
+        static_step_size, array_step_size = construct.parse_step_size(step_size, slow)
         settings = Settings(
             plan=Plan(all(averaged) or averaged, static_step_size),
             update_period=update_period,
@@ -119,12 +121,11 @@ class EMATarget(Target[P]):
             skip_nonfinite=skip_nonfinite,
             nnx_objects=unwrap.find_nnx_objects(params),
         )
-        slow = construct.first_slow_copy(arrays, stored_dtypes)
         state = State(
             settings,
             slow,
             host_count(0),
-            skipped=construct.first_skipped(slow) if skip_nonfinite else None,
+            skipped=construct.put_beside(host_count(0), slow) if skip_nonfinite else None,
             compensation=construct.zero_compensation(slow, averaged) if compensated else None,
             step_size=array_step_size,
         )
@@ -153,13 +154,13 @@ class EMATarget(Target[P]):
     @step_size.setter
     def step_size(self, step_size: ArrayLike | Schedule) -> None:
         self._check_trace("step_size")
-        static_step_size, array_step_size = construct.parse_step_size(step_size)
-        state = self._state
-        if array_step_size is not None:
-            array_step_size = placement.put_beside(array_step_size, state.step_size)
-        plan = state.settings.plan._replace(step_size=static_step_size)
-        settings = attrs.evolve(state.settings, plan=plan)
-        self._state = state._replace(settings=settings, step_size=array_step_size)
+        with self._lock:
+            state = self._state
+            shape = np.shape(state.step)  # that of a population
+            static_step_size, array_step_size = construct.parse_step_size(step_size, state.params, shape)
+            plan = state.settings.plan._replace(step_size=static_step_size)
+            settings = attrs.evolve(state.settings, plan=plan)
+            self._state = state._replace(settings=settings, step_size=array_step_size)
 
     @property
     def skipped(self) -> Count:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from helpers.comparisons import arrays, assert_close, assert_same, bits
 from helpers.targets import COPIES, MAKERS, update
 from helpers.trees import Network, Tied, perturb
@@ -196,6 +196,46 @@ def test_shared_variables_stay_shared() -> None:
         target.update(params)
 
 
+def test_a_checkpoint_of_version_0_1_names_a_shared_variable_twice() -> None:
+    saved = serialization.to_state_dict(EMATarget(Tied(), 0.5))
+    saved["params"]["encoder"] = saved["params"]["decoder"]
+    restored = serialization.from_state_dict(EMATarget(Tied(), 0.5), saved)
+    assert_same(restored.params, Tied())
+    saved["params"]["other"] = saved["params"]["decoder"]
+    with pytest.raises(ValueError, match=r"params/(encoder|other): unexpected"):
+        serialization.from_state_dict(EMATarget(Tied(), 0.5), saved)
+
+
+def test_variables_that_hold_trees() -> None:
+    def make(value: float) -> nnx.Dict:
+        tree = {"x": jnp.full(2, value), "y": [jnp.full(3, value + 1), None]}
+        return nnx.Dict(a=nnx.Param({}), b=nnx.Param(tree), c=nnx.Param({"w": jnp.full(2, value)}))
+
+    for read in (nnx.state, lambda module: module, lambda module: {"module": module}):
+        target = EMATarget(read(make(0.0)), 0.5).update(read(make(1.0)))
+        assert_same(target.params, read(make(0.5)))
+        assert_same(incremental_update(read(make(1.0)), read(make(0.0)), 0.5), read(make(0.5)))
+        assert_same(COPIES["bytes"](target).params, target.params)
+
+
+class Logarithm(nnx.Param):
+    """A Variable that holds the logarithm of its value."""
+
+    def get_value(self, **kwargs: Any) -> Any:
+        return jnp.exp(super().get_value(**kwargs))
+
+    def set_value(self, value: Any, **kwargs: Any) -> None:
+        super().set_value(jnp.log(value), **kwargs)
+
+
+def test_variables_with_values_of_their_own_are_averaged_as_they_are_stored() -> None:
+    module = nnx.Dict(w=Logarithm(jnp.zeros(2)))
+    for params in (module, nnx.state(module), {"w": module.w}):
+        got = EMATarget(params, 0.5).update(params).params
+        assert_same(got, params)
+        assert_same(incremental_update(params, params, 0.5), params)
+
+
 class NotAPytree(nnx.Module, pytree=False):
     def __init__(self) -> None:
         self.linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
@@ -233,6 +273,12 @@ def test_masks_of_nnx_objects() -> None:
         got, old, new = (n.layers[0].kernel[...] for n in (target.params, network, online))
         np.testing.assert_allclose(got, (old + new) / 2, rtol=1e-6)
         assert_same(target.params.scale, online.scale)  # no parameter
+    shared, plain = Tied(), nnx.Dict(x=nnx.data((jnp.ones(3),)), w=nnx.Param(jnp.ones(2)))
+    for params in (shared, plain, {"model": shared}):
+        for average in (True, False):
+            mask = jax.tree.map(lambda _, average=average: average, params)
+            target = EMATarget(params, 0.25, mask=mask).update(nnx.clone(params))
+            assert ("averaged=0 of 2" in repr(target)) != average
     copied = EMATarget(network, 0.5, mask=masks[0]).update(online).params
     assert_same(copied.norm.mean[...], online.norm.mean[...])
     with pytest.raises(ValueError, match="mask: expected a tree prefix of params"):

@@ -130,6 +130,40 @@ def test_variables_that_hold_refs_or_are_hijax(defaults: dict[str, bool], form: 
         assert type(rule(params, params)) is type(params)
 
 
+def variables(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+@pytest.mark.parametrize("defaults", [{"ref": True}, {"hijax": True}], ids=str)
+def test_they_come_back_as_they_were(defaults: dict[str, bool]) -> None:
+    with nnx.var_defaults(**defaults):
+        module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    variable = module.kernel
+    for params in (module, nnx.state(module), {"w": variable}, variable):
+        target = EMATarget(params, 0.5)
+        for got in (target.update(params).params, incremental_update(params, params, 0.5)):
+            assert jax.tree.structure(got) == jax.tree.structure(params)
+            for x, y in zip(variables(got), variables(params), strict=True):
+                assert (type(x), x.get_metadata()) == (type(y), y.get_metadata())
+                assert_same(x[...], y[...])
+                assert x.get_raw_value() is not y.get_raw_value()
+
+
+def test_a_module_of_refs_can_be_trained_on() -> None:
+    with nnx.var_defaults(ref=True):
+        module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def clear(module: nnx.Linear) -> None:
+        module.kernel[...] = jnp.zeros((2, 3))
+
+    target = EMATarget(module, 0.5)
+    slow = target.params
+    clear(slow)
+    assert not np.any(slow.kernel[...])
+    assert np.all(target.params.kernel[...] != 0)
+
+
 def test_whatever_else_jax_gives_a_type_is_refused_by_path() -> None:
     token = jax.lax.create_token() if hasattr(jax.lax, "create_token") else object()
     for leaf in (token, "text", object()):

@@ -465,6 +465,17 @@ def test_the_step_size_inside_of_transformations() -> None:
     np.testing.assert_array_equal(swept.params["w"][:, 0], [0.0, 0.5, 1.0])
 
 
+def test_the_step_size_of_a_population() -> None:
+    population = jax.vmap(lambda s: EMATarget(START, s))(jnp.array([0.1, 0.2]))
+    for assigned in (population.step_size * 5, np.array([0.5, 1.0], np.float32)):
+        population.step_size = assigned
+        moved = jax.vmap(lambda target: target.updated(ONLINE))(population)
+        np.testing.assert_allclose(moved.params["w"][:, 0], [0.5, 1.0])
+    for refused in (jnp.float32(0.5), jnp.ones(3)):
+        with pytest.raises(ValueError, match=r"expected shape \[2\], as this population has, got shape"):
+            population.step_size = refused
+
+
 def test_a_periodic_target_has_no_step_size() -> None:
     with pytest.raises(AttributeError):
         PeriodicTarget(START, 2).step_size = 0.5  # type: ignore[attr-defined]

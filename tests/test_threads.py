@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
@@ -15,6 +16,8 @@ from helpers.comparisons import bits
 from helpers.faults import run_with_action_at
 from helpers.targets import COPIES, MAKERS, make_makers
 from helpers.trees import mixed
+
+from target_nets import EMATarget
 
 ACTORS = 4
 FIRST, *ONLINES = ({name: mixed(seed)[name] for name in ("w", "h", "n")} for seed in range(98))
@@ -132,3 +135,38 @@ def test_an_update_between_any_two_instructions_of_a_read(kind: str, how: str) -
         assert result in (before, after)
         got.append(result)
     assert set(got) == {before, after}
+
+
+@pytest.mark.parametrize("kind", ["ema", "ema, donate", "periodic"])
+def test_threads_that_update_take_turns(kind: str) -> None:
+    target, online = MAKERS[kind](FIRST), ONLINES[0]
+
+    def act(_: int) -> None:
+        for _ in range(500):
+            target.update(online)
+
+    with ThreadPoolExecutor(ACTORS) as actors:
+        list(actors.map(act, range(ACTORS)))
+    expected = MAKERS[kind](FIRST)
+    for _ in range(500 * ACTORS):
+        expected.update(online)
+    assert target.step == 500 * ACTORS
+    assert bits(target) == bits(expected)
+
+
+def test_a_step_size_that_another_thread_assigns_is_kept() -> None:
+    target, learning = EMATarget(FIRST, jnp.float32(0.5)), True
+
+    def learn_on() -> None:
+        while learning:
+            target.update(ONLINES[0])
+
+    with ThreadPoolExecutor(1) as learner:
+        future = learner.submit(learn_on)
+        try:
+            for n in range(200):
+                target.step_size = jnp.float32(n / 200)
+                assert target.step_size == np.float32(n / 200)
+        finally:
+            learning = False
+        future.result()

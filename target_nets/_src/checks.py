@@ -15,14 +15,14 @@ from target_nets._src.trees import Leaf, array_type, describe
 INT32_MAX = 2**31 - 1
 
 
-def check_step_size(step_size: Leaf) -> float | jax.Array:
+def check_step_size(step_size: Leaf, shape: tuple[int, ...] = ()) -> float | jax.Array:
     """Returns a jax array unchanged, and any other step size as a float in [0, 1].
 
     The range of a jax array is not checked. A traced one has no value yet, and reading a concrete one
     would wait for the device. `arithmetic.order_ends` clips both.
     """
     if not _is_number(step_size, int | float):
-        check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT)
+        check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT, shape=shape)
     if isinstance(step_size, jax.Array):
         return step_size
     if not 0 <= step_size <= 1:
@@ -51,14 +51,15 @@ def check_integer(name: str, x: Leaf) -> int | jax.Array:
     return operator.index(x)
 
 
-def check_scalar(name: str, x: Leaf, expected: str, *kinds: Kind) -> None:
-    """Raises unless a leaf is a scalar of one of these kinds."""
+def check_scalar(name: str, x: Leaf, expected: str, *kinds: Kind, shape: tuple[int, ...] = ()) -> None:
+    """Raises unless a leaf is a scalar of one of these kinds, or an array of another shape."""
     known = array_type(x)
     if known is None or kind_of(known.dtype) not in kinds:
         got = repr(x) if isinstance(x, bool | float | complex) else describe(x)
         raise TypeError(f"{name}: expected {expected}, got {got}")
-    if known.shape:
-        raise ValueError(f"{name}: expected a scalar, got shape {list(known.shape)}")
+    if known.shape != shape:
+        wanted = f"shape {list(shape)}, as this population has" if shape else "a scalar"
+        raise ValueError(f"{name}: expected {wanted}, got shape {list(known.shape)}")
 
 
 def check_accumulator_dtype(accumulator_dtype: DTypeLike | None) -> DType | None:

@@ -6,14 +6,15 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_map_with_path
 from jax.typing import ArrayLike
 
 from target_nets._src import checks, dtypes, placement, trees
-from target_nets._src.state import Count, Schedule, host_count
+from target_nets._src.state import Schedule
 from target_nets._src.trees import PyTree, Tree
-from target_nets._src.unwrap import unwrap_nnx_objects
+from target_nets._src.unwrap import is_nnx_object, unwrap_mask
 
 # A tree prefix of booleans, a callable of the parameters that returns one, or None.
 Mask: TypeAlias = Any
@@ -54,25 +55,25 @@ def zero_compensation(slow: PyTree, averaged: Sequence[bool]) -> PyTree:
     return treedef.unflatten(list(map(zeros, params, averaged)))
 
 
-def first_skipped(slow: PyTree) -> Count:
-    """Returns a count of zero where updates will leave it: on the devices of the slow copy.
+def put_beside(scalar: Any, slow: PyTree) -> Any:
+    """Returns a scalar where updates will leave it: on the devices of the slow copy, if it is placed.
 
     If it started elsewhere, the second update would compile again.
     """
     shardings = map(placement.sharding_of, jax.tree.leaves(slow))
     sharding = next((sharding for sharding in shardings if sharding is not None), None)
-    if sharding is None:
-        return host_count(0)
+    if sharding is None or isinstance(scalar, Tracer):
+        return scalar
     if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.device_put(host_count(0), sharding)
+        return jax.device_put(scalar, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.device_put(scalar, sharding.with_memory_kind("device"))
 
 
 def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]:
     """Returns whether to average each leaf of `arrays`, which are those of `params`."""
     if mask is None:
         mask = True
-    elif callable(mask) and trees.is_leaf(mask):  # a callable module is a node: a tree of booleans
+    elif callable(mask) and trees.is_leaf(mask) and not is_nnx_object(mask):  # not a tree of booleans
         mask = mask(params)
 
     def spread(path: trees.KeyPath, value: object, branch: PyTree) -> list[bool]:
@@ -81,21 +82,32 @@ def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]
         return [bool(value)] * jax.tree.structure(branch).num_leaves
 
     try:
-        return tuple(jax.tree.leaves(tree_map_with_path(spread, unwrap_nnx_objects(mask), arrays)))
+        return tuple(jax.tree.leaves(tree_map_with_path(spread, unwrap_mask(mask, params), arrays)))
     except ValueError as error:
         raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
 
 
-def parse_step_size(step_size: ArrayLike | Schedule) -> tuple[float | Schedule | None, jax.Array | None]:
-    """Returns a static step size, which is a number or a schedule, and an array. One of them is None."""
+def parse_step_size(
+    step_size: ArrayLike | Schedule, slow: PyTree, shape: tuple[int, ...] = ()
+) -> tuple[float | Schedule | None, jax.Array | None]:
+    """Returns a static step size, which is a number or a schedule, and an array. One of them is None.
+
+    Args:
+      step_size: What the user gave.
+      slow: The slow copy, beside which an array is placed.
+      shape: The shape of an array: that of a population, which `vmap` has batched.
+    """
     if callable(step_size):
         try:
             hash(step_size)
         except TypeError:
             raise TypeError(f"step_size: a schedule must be hashable, got {step_size!r}") from None
         return step_size, None
-    checked = checks.check_step_size(step_size)
+    if shape and isinstance(step_size, np.ndarray):
+        step_size = jnp.asarray(step_size)
+    checked = checks.check_step_size(step_size, shape)
     if isinstance(step_size, jax.Array | np.ndarray):
         array = jnp.array(step_size)
-        return None, array.astype(array.dtype)  # not weakly typed, so that assigning compiles nothing
+        # It is made strongly typed, so that assigning another one compiles nothing.
+        return None, put_beside(array.astype(array.dtype), slow)
     return float(checked), None

@@ -43,12 +43,6 @@ def copy_to_own_buffers(tree: Tree) -> Tree:
     return jax.device_put(tree, jax.tree.map(sharding_of, tree), may_alias=False)
 
 
-def put_beside(x: jax.Array, other: jax.Array | None) -> jax.Array:
-    """Returns an array where the other one is, if jax has been told where that is."""
-    sharding = sharding_of(other)
-    return x if sharding is None or isinstance(x, Tracer) else jax.device_put(x, sharding)
-
-
 def match_devices(online: Tree, slow: PyTree) -> tuple[Tree, Shardings]:
     """Moves those online arrays that jit cannot combine with the slow ones.
 

@@ -13,6 +13,7 @@ from target_nets._src.placement import copy_to_own_buffers, sharding_of
 from target_nets._src.state import State
 from target_nets._src.target import AnyTarget, Target, make_target
 from target_nets._src.trees import Leaf, PyTree, describe, is_leaf, named_children
+from target_nets._src.unwrap import NnxObjects, rewrap, unwrap
 
 # A step size is a setting, so an array step size is not saved either.
 _SAVED = ("step", "params", "skipped", "compensation")
@@ -41,8 +42,11 @@ def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
     path, children = serialization.current_path(), _saved_children(state)
     _check_keys(children, saved, path)
     for name, child in children.items():
-        restore = _restore_count if name in _COUNTERS else _restore_tree
-        children[name] = restore(child, saved[name], f"{path}/{name}")
+        if name in _COUNTERS:
+            children[name] = _restore_count(child, saved[name], f"{path}/{name}")
+        else:
+            nnx_objects = state.settings.nnx_objects
+            children[name] = _restore_tree(child, saved[name], f"{path}/{name}", nnx_objects)
     step_size = state.step_size
     if isinstance(step_size, jax.Array):
         step_size = copy_to_own_buffers(step_size)
@@ -83,10 +87,16 @@ def _nest(tree: PyTree) -> PyTree:
     return {key: _nest(child) for key, child in named.items()}
 
 
-def _restore_tree(template: PyTree, saved: Any, path: str) -> PyTree:
+def _restore_tree(template: PyTree, saved: Any, path: str, nnx_objects: NnxObjects) -> PyTree:
     leaves, treedef = jax.tree.flatten(template)
     # The nested dict of the template, with the index of each leaf in its place.
-    indices = _nest(treedef.unflatten(range(len(leaves))))
+    tree = treedef.unflatten([np.array(index) for index in range(len(leaves))])
+    indices = _nest(tree)
+    if nnx_objects:
+        # Version 0.1 saved a Variable that is shared within a module under each of its names.
+        unshared = _nest(unwrap(jax.tree.map(lambda x: x, rewrap(tree, nnx_objects))))
+        if jax.tree.structure(saved) == jax.tree.structure(unshared):
+            indices = unshared
     _restore_leaves(indices, leaves, saved, path)
     return treedef.unflatten(leaves)
 
@@ -98,7 +108,7 @@ def _restore_leaves(indices: PyTree, leaves: list[Any], saved: Any, path: str) -
         for key, child in indices.items():
             _restore_leaves(child, leaves, saved[key], f"{path}/{key}")
     elif indices is not None:
-        leaves[indices] = _restore_leaf(leaves[indices], saved, path)
+        leaves[int(indices)] = _restore_leaf(leaves[int(indices)], saved, path)
     elif saved is not None:
         raise ValueError(f"{path}: expected None, got {describe(saved)}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import attrs
@@ -24,6 +25,7 @@ class Target(Generic[P]):
     """A slow copy of a model's parameters and a counter of its updates."""
 
     _state: State  # each method reads it only once, since another thread may replace it
+    _lock: Lock = attrs.field(factory=Lock, init=False)  # held while the state is being replaced
     _trace: trace.Trace = attrs.field(factory=trace.current_trace)  # where it may be changed in place
 
     if TYPE_CHECKING:  # attrs writes this method
@@ -68,7 +70,8 @@ class Target(Generic[P]):
     def update(self, online_params: P) -> Self:
         """Counts an update in place and, at every `update_period`-th one, changes the slow copy.
 
-        Everyone who holds this target sees the change. `updated` returns a new target instead. The
+        Everyone who holds this target sees the change. `updated` returns a new target instead. If
+        several threads update a target, they take turns. The
         structure and shapes of the parameters are checked at the first update and at every averaging. If
         an error is raised, the target is as it was before.
 
@@ -94,8 +97,9 @@ class Target(Generic[P]):
           {'w': Array(0.5, dtype=float32)}
         """
         self._check_trace("update")
-        state = self._state
-        self._state = update.advance(state, online_params, donate=state.settings.donate)
+        with self._lock:
+            state = self._state
+            self._state = update.advance(state, online_params, donate=state.settings.donate)
         return self
 
     def updated(self, online_params: P) -> Self:
@@ -156,8 +160,9 @@ class Target(Generic[P]):
           {'w': Array([1., 1.], dtype=float32)}
         """
         self._check_trace("sync")
-        state = self._state
-        self._state = update.sync(state, online_params, donate=state.settings.donate)
+        with self._lock:
+            state = self._state
+            self._state = update.sync(state, online_params, donate=state.settings.donate)
         return self
 
     def distance(self, online_params: P) -> jax.Array:

@@ -15,7 +15,7 @@ from target_nets._src import arithmetic, checks, dtypes, placement, trees
 from target_nets._src.placement import Shardings
 from target_nets._src.state import COPY_ALL, Count, Plan, SlowCopy, next_count
 from target_nets._src.trees import Names, PyTree, Tree
-from target_nets._src.unwrap import find_nnx_objects, rewrap, unwrap
+from target_nets._src.unwrap import find_nnx_objects, rewrap, unwrap_pair
 
 TENSOR_NAMES = Names("new_tensors", "old_tensors")
 UPDATE_NAMES = Names("updates", "params")
@@ -81,12 +81,12 @@ def add(updates: PyTree, params: Tree) -> Tree:
 
 def check_tensors(new: PyTree, old: PyTree) -> None:
     """Raises if two trees do not fit each other."""
-    trees.zip_leaves(unwrap(new), unwrap(old, read_refs=False), TENSOR_NAMES)
+    trees.zip_leaves(*unwrap_pair(new, old), TENSOR_NAMES)
 
 
 def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree, names: Names) -> Tree:
     """Calls a compiled rule with the arrays of two trees, and returns a tree like the old one."""
-    new_arrays, old_arrays = unwrap(new), unwrap(old, read_refs=False)
+    new_arrays, old_arrays = unwrap_pair(new, old)
 
     def call() -> PyTree:
         return rule(trees.jit_argument(new_arrays), trees.jit_argument(old_arrays))

@@ -1,109 +1,204 @@
 """What users pass as a tree, made into a tree of arrays, and back.
 
-An nnx object (a `nnx.State`, a `nnx.Variable`, a `nnx.Module` or any other `nnx.Pytree`) becomes the
+An nnx object (an `nnx.State`, an `nnx.Variable`, an `nnx.Module` or any other `nnx.Pytree`) becomes the
 nested dict of its arrays. So nothing in nnx takes the slow copy for trainable parameters, and all nnx
 objects with the same names and shapes fit each other. A Ref becomes the array that it holds.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+import attrs
 import jax
 import numpy as np
 from flax import nnx
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from target_nets._src.trees import KeyPath, Leaf, PyTree, Tree, TreeDef
 
-# The key path of each nnx object in a tree, and what it is but for its arrays. A GraphDef holds types,
-# metadata and static attributes. The paths are strings, since jax's own key paths cannot be pickled.
-NnxObjects: TypeAlias = tuple[tuple[str, nnx.GraphDef[Any]], ...]
+# Containers and leaves that need no closer look.
+_PLAIN = dict, list, tuple, type(None), jax.Array, np.ndarray, int, float, complex
 
 
 def unwrap(tree: PyTree, *, read_refs: bool = True) -> PyTree:
     """Returns the tree with nnx objects as nested dicts, Refs as arrays, and NumPy arrays as copies.
 
     jax may still read a NumPy array after the call has returned, and may use its memory as its own.
+    Without `read_refs` only the Refs inside nnx objects are read.
     """
-    # Every eager update comes here. To search the tree for nnx objects would cost as much as the update
-    # of a small network, so this remembers which treedefs hold none.
-    leaves, treedef = jax.tree.flatten(tree)
-    if treedef in _PLAIN_TREEDEFS and all(map(_is_jax_array, set(map(type, leaves)))):
-        return tree
-
-    def read(leaf: Leaf) -> Leaf:
-        if isinstance(leaf, np.ndarray):
-            return leaf.copy()
-        return leaf[...] if read_refs and isinstance(leaf, jax.Ref) else leaf
-
-    if not any(map(is_nnx_object, jax.tree.leaves(tree, is_leaf=is_nnx_object))):
-        if len(_PLAIN_TREEDEFS) > 1000:
-            _PLAIN_TREEDEFS.clear()
-        _PLAIN_TREEDEFS.add(treedef)
-        return jax.tree.map(read, tree)
-    return jax.tree.map(read, unwrap_nnx_objects(tree))
-
-
-_PLAIN_TREEDEFS: set[TreeDef] = set()
-
-
-@lru_cache(maxsize=1000)
-def _is_jax_array(leaf_type: type) -> bool:
-    return issubclass(leaf_type, jax.Array)
-
-
-def unwrap_nnx_objects(tree: PyTree) -> PyTree:
-    """Returns the tree with nnx objects as nested dicts of what their Variables hold."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_nnx_object)
+    if all(map(_is_jax_array_type, set(map(type, leaves)))):
+        return tree  # the usual case
 
     def unwrap_one(x: Any) -> Any:
-        if isinstance(x, nnx.Variable):
-            return x.get_value()
-        if not is_nnx_object(x):
-            return x
-        return nnx.to_pure_dict(x if isinstance(x, nnx.State) else nnx.state(x))
+        if is_nnx_object(x):
+            return jax.tree.map(_read, _nested_arrays(x))
+        return _read(x) if read_refs or not isinstance(x, jax.Ref) else x
 
     return jax.tree.map(unwrap_one, tree, is_leaf=is_nnx_object)
+
+
+def unwrap_pair(new: PyTree, old: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns the new and the old tree of a rule, unwrapped if they do not already fit each other.
+
+    Refs among the old leaves stay, and the rule will refuse them.
+    """
+    (new_leaves, new_treedef), (old_leaves, old_treedef) = map(jax.tree.flatten, (new, old))
+    leaf_types = set(map(type, new_leaves + old_leaves))
+    if new_treedef == old_treedef and all(map(_is_jax_array_type, leaf_types)):
+        return new, old
+    return unwrap(new), unwrap(old, read_refs=False)
+
+
+def _read(leaf: Leaf) -> Leaf:
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy()
+    return leaf[...] if isinstance(leaf, jax.Ref) else leaf
+
+
+def unwrap_mask(mask: PyTree, params: PyTree) -> PyTree:
+    """Returns a tree of booleans for the parameters as a tree of booleans for their arrays."""
+    nodes = {keystr(path): node for path, node in _nnx_objects(params)}
+
+    def unwrap_one(path: KeyPath, x: Any) -> Any:
+        node = nodes.get(keystr(path)) if is_nnx_object(x) else None
+        if node is None or jax.tree.structure(x) != jax.tree.structure(node):
+            return _nested_arrays(x)
+        # Made by `jax.tree.map` from the parameters. nnx drops what is no array, and shared Variables
+        # are no longer shared, so each boolean is found by its array.
+        pairs = zip(jax.tree.leaves(node), jax.tree.leaves(x), strict=True)
+        averaged = {id(leaf): average for leaf, average in pairs}
+        return jax.tree.map(lambda leaf: averaged[id(leaf)], _nested_arrays(node))
+
+    return tree_map_with_path(unwrap_one, mask, is_leaf=is_nnx_object)
+
+
+@attrs.frozen
+class NnxObject:
+    """An nnx object in a tree, without its arrays.
+
+    Attributes:
+      path: Its key path, as a string, since jax's own key paths cannot be pickled.
+      treedef: The treedef of its state, with the types and the metadata of its Variables.
+      graphdef: What an `nnx.Module` or another `nnx.Pytree` is beside its state. None for a state.
+      refs: Whether each of its leaves was a Ref.
+    """
+
+    path: str
+    treedef: TreeDef
+    graphdef: nnx.GraphDef[Any] | None
+    refs: tuple[bool, ...]
+
+    def restore(self, arrays: PyTree) -> Any:
+        """Returns the nnx object with these arrays, a nested dict."""
+        leaves = zip(jax.tree.leaves(arrays), self.refs, strict=True)
+        state = self.treedef.unflatten([jax.new_ref(x) if ref else x for x, ref in leaves])
+        state = _map_variables(_as_hijax, state)
+        return state if self.graphdef is None else nnx.merge(self.graphdef, state)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        # jax pickles no treedef that has nodes of other libraries.
+        template = self.treedef.unflatten(range(self.treedef.num_leaves))
+        return self.path, template, self.graphdef, self.refs
+
+    def __setstate__(self, fields: tuple[Any, ...]) -> None:
+        path, template, graphdef, refs = fields
+        self.__init__(path, jax.tree.structure(template), graphdef, refs)
+
+
+NnxObjects: TypeAlias = tuple[NnxObject, ...]
 
 
 def find_nnx_objects(tree: PyTree) -> NnxObjects:
     """Returns what `rewrap` needs to make nnx objects of nested dicts again."""
 
-    def find(path: KeyPath, x: Any) -> None:
-        if is_nnx_object(x):
-            found.append((keystr(path), _graphdef(x)))
+    def describe(path: KeyPath, x: Any) -> NnxObject:
+        is_state = isinstance(x, nnx.State | nnx.Variable)
+        graphdef, state = (None, x) if is_state else nnx.split(x)
+        leaves, treedef = jax.tree.flatten(_map_variables(_as_plain, state))
+        return NnxObject(
+            keystr(path), treedef, graphdef, tuple(isinstance(leaf, jax.Ref) for leaf in leaves)
+        )
 
-    found: list[tuple[str, nnx.GraphDef[Any]]] = []
-    tree_map_with_path(find, tree, is_leaf=is_nnx_object)
-    return tuple(found)
+    return tuple(describe(path, x) for path, x in _nnx_objects(tree))
 
 
 def rewrap(tree: Tree, nnx_objects: NnxObjects) -> Tree:
     """Returns the tree with new containers, and with nnx objects again where the original had them."""
-    graphdefs = dict(nnx_objects)
-
-    def rewrap_one(path: KeyPath, x: Any) -> Any:
-        graphdef = graphdefs.get(keystr(path)) if graphdefs else None
-        return x if graphdef is None else nnx.merge(graphdef, x)
-
-    def is_nnx_object(path: KeyPath, _: Any) -> bool:
-        return keystr(path) in graphdefs
-
-    if not graphdefs:
+    by_path = {nnx_object.path: nnx_object for nnx_object in nnx_objects}
+    if not by_path:
         return jax.tree.map(lambda x: x, tree)
-    return tree_map_with_path(rewrap_one, tree, is_leaf=is_nnx_object, is_leaf_takes_path=True)
+
+    def restore(path: KeyPath, x: Any) -> Any:
+        nnx_object = by_path.get(keystr(path))
+        return x if nnx_object is None else nnx_object.restore(x)
+
+    def is_leaf(path: KeyPath, _: Any) -> bool:
+        return keystr(path) in by_path
+
+    return tree_map_with_path(restore, tree, is_leaf=is_leaf, is_leaf_takes_path=True)
 
 
 def is_nnx_object(x: Any) -> bool:
     """Whether this is one of nnx's containers or Variables."""
-    return _is_nnx_type(type(x))
+    if _is_nnx_type(type(x)):
+        return True
+    # A hijax Variable is not of a class of nnx's, and inside jit it is a tracer.
+    return not _is_plain_type(type(x)) and isinstance(x, nnx.Variable)
 
 
-def _graphdef(x: Any) -> nnx.GraphDef[Any]:
-    if isinstance(x, nnx.State):  # its numbers would become part of the GraphDef, but not its arrays
-        x = nnx.map_state(lambda _, leaf: leaf if is_nnx_object(leaf) else np.empty(()), x)
-    return nnx.graphdef(x)
+def _nnx_objects(tree: PyTree) -> Iterator[tuple[KeyPath, Any]]:
+    nodes, _ = tree_flatten_with_path(tree, is_leaf=is_nnx_object)
+    return ((path, node) for path, node in nodes if is_nnx_object(node))
+
+
+def _nested_arrays(x: Any) -> Any:
+    """Returns the nested dict of an nnx object, with what its Variables hold. Anything else stays."""
+    if isinstance(x, nnx.State):
+        return {name: _nested_arrays(child) for name, child in x.items()}
+    if isinstance(x, nnx.Variable):
+        return x.get_raw_value()
+    return _nested_arrays(nnx.state(x)) if is_nnx_object(x) else x
+
+
+# Hijax Variables are leaves to jax, so a treedef does not show their types and metadata.
+
+
+def _map_variables(convert: Any, state: Any) -> Any:
+    if isinstance(state, nnx.Variable):
+        return convert(state)
+    return nnx.map_state(lambda _, x: convert(x) if isinstance(x, nnx.Variable) else x, state)
+
+
+def _as_plain(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+    metadata = variable.get_metadata()
+    if not metadata.get("hijax"):
+        return variable
+    metadata = {**metadata, "hijax": False, "was_hijax": True}
+    return variable.var_type.from_metadata(variable.get_raw_value(), metadata)
+
+
+def _as_hijax(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+    metadata = variable.get_metadata()
+    if not metadata.pop("was_hijax", False):
+        return variable
+    return variable.var_type.from_metadata(variable.get_raw_value(), {**metadata, "hijax": True})
+
+
+# An eager update of a small network asks this as often as it has nodes.
 
 
 @lru_cache(maxsize=1000)
 def _is_nnx_type(node_type: type) -> bool:
     return issubclass(node_type, nnx.State | nnx.Pytree | nnx.Variable)
+
+
+@lru_cache(maxsize=1000)
+def _is_plain_type(node_type: type) -> bool:
+    return issubclass(node_type, _PLAIN)
+
+
+@lru_cache(maxsize=1000)
+def _is_jax_array_type(leaf_type: type) -> bool:
+    return issubclass(leaf_type, jax.Array)
