@@ -271,7 +271,10 @@ def _check_end(name: str, step: ArrayLike, steps: Vector) -> Vector:
 
 def _check_numbers(name: str, x: ArrayLike, low: float, ndim: int) -> Vector:
     try:
-        array = np.asarray(x, np.float64)
+        array = np.asarray(x)
+        if array.dtype.kind not in "iuf":  # booleans, or strings that NumPy would read
+            raise TypeError
+        array = array.astype(np.float64)
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: expected {'real numbers' if ndim else 'a real number'}, got {x!r}"

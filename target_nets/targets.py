@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import checks, construct, dtypes, unwrap
+from target_nets._src import checks, construct, dtypes, placement, unwrap
 from target_nets._src.state import COPY_ALL, Count, Plan, Schedule, Settings, State, host_count
 from target_nets._src.target import Target, register_pytree
 
@@ -125,7 +125,7 @@ class EMATarget(Target[P]):
             settings,
             slow,
             host_count(0),
-            skipped=construct.put_beside(host_count(0), slow) if skip_nonfinite else None,
+            skipped=placement.put_beside(host_count(0), slow) if skip_nonfinite else None,
             compensation=construct.zero_compensation(slow, averaged) if compensated else None,
             step_size=array_step_size,
         )

@@ -232,7 +232,10 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "huge step": ({"step": 10**30}, r"/step: expected 0 to 2\*\*31-1"),
     "ragged step": ({"step": [1, [2]]}, r"/step: expected an integer, got list"),
     "ragged leaf": ({"params": {**SAVED["params"], "w": [1, [2]]}}, r"/params/w: .* got list"),
-    "Python number": ({"params": {**SAVED["params"], "n": 1}}, r"/params/n: expected int32.* got int64"),
+    "large number": (
+        {"params": {**SAVED["params"], "n": 2**31}},
+        r"/params/n: expected int32.* got int64",
+    ),
     "step None": ({"step": None}, r"/step: expected an integer, got None"),
     "step an object": ({"step": np.array(1.5, object)}, r"/step: expected an integer, got object\[\]"),
     "step a date": (
@@ -416,3 +419,45 @@ def test_the_template_decides_the_placement() -> None:
     for template in (target, abstract):
         assert through_bytes(target, template).params["w"].sharding == sharding
     assert not through_bytes(target, target).params["b"].committed  # jax may still choose
+
+
+def test_a_target_among_the_tracked_parameters() -> None:
+    def make(value: float) -> dict[str, Any]:
+        inner = {
+            "ema": EMATarget({"w": jnp.full(2, value)}, 0.5),
+            "copy": PeriodicTarget(jnp.ones(2), 2),
+        }
+        return {"params": {"w": jnp.full(2, value)}, **inner}
+
+    target, online = EMATarget(make(0.0), 0.5), make(1.0)
+    online["ema"].update({"w": jnp.full(2, 3.0)})
+    target.update(online)
+    restored = through_bytes(target, EMATarget(make(9.0), 0.5))
+    assert_same(restored.params, target.params)
+    assert restored.params["ema"].step == 1
+
+
+@pytest.mark.parametrize(
+    ("saved", "held", "fits"),
+    [
+        ("float8_e4m3fn", "float16", True),
+        ("float8_e5m2", "float16", True),
+        ("float8_e4m3fn", "bfloat16", True),
+        ("float8_e4m3fn", "float8_e5m2", False),
+        ("bfloat16", "float32", True),
+        ("float16", "bfloat16", False),
+        ("float32", "float16", False),
+        ("int8", "int32", True),
+        ("uint8", "int16", True),
+        ("uint8", "int8", False),
+        ("complex64", "complex64", True),
+    ],
+)
+def test_a_saved_dtype_fits_where_all_its_values_do(saved: str, held: str, fits: bool) -> None:
+    target = PeriodicTarget({"w": jnp.zeros(2, held)}, 1)
+    state = {"step": 0, "params": {"w": np.ones(2).astype(jnp.dtype(saved))}}
+    if fits:
+        assert serialization.from_state_dict(target, state).params["w"].dtype == held
+    else:
+        with pytest.raises(ValueError, match=f"params/w: expected {held}.* got {saved}"):
+            serialization.from_state_dict(target, state)

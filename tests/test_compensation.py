@@ -290,3 +290,12 @@ def test_many_arrays_are_one_compiled_call(trace_counter: Any) -> None:
         for _ in range(3):
             target.update(online)
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float32])
+def test_a_negative_zero_keeps_its_sign(dtype: Any) -> None:
+    zeros = {"w": jnp.array([-0.0, 0.0, 1.0], dtype)}
+    for step_size, change in ((1.0, "update"), (0.3, "sync")):
+        target = EMATarget({"w": jnp.ones(3, dtype)}, step_size, compensated=True)
+        got = getattr(target, change)(zeros).params["w"]
+        np.testing.assert_array_equal(np.signbit(got.astype(jnp.float32)), [True, False, False])

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.comparisons import arrays, assert_equal_values, assert_same
-from helpers.targets import COPIES, at_step, harmonic
-from helpers.trees import perturb
+from helpers.comparisons import arrays, assert_equal_values, assert_same, bits
+from helpers.targets import COPIES, MAKERS, at_step, harmonic
+from helpers.trees import START, perturb
 
 from target_nets import EMATarget, PeriodicTarget
 
@@ -85,6 +85,26 @@ def test_nobody_can_write_to_the_step(how: str) -> None:
     for each in (target, COPIES[how](target)):
         with pytest.raises(ValueError, match="read-only"):
             each.step[...] = 7
+
+
+@pytest.mark.parametrize("kind", ["ema", "ema, array", "ema, everything", "periodic"])
+def test_nobody_can_write_into_a_target_of_host_arrays(kind: str) -> None:
+    """However the target came to be, and whoever holds the arrays that it was made of."""
+    leaves, treedef = jax.tree.flatten(MAKERS[kind](START))
+    given = [np.array(x) for x in leaves]
+    target = treedef.unflatten(given)
+    twins = [target, *(copy(target) for copy in COPIES.values()), jax.tree.map(np.array, target)]
+    before = [bits(twin) for twin in twins]
+    for array in given:
+        array[...] = 9
+    for twin in twins:
+        read = [twin.step, *jax.tree.leaves(twin.params)]
+        read += [twin.skipped, twin.step_size] if isinstance(twin, EMATarget) else []
+        for array in read:
+            if isinstance(array, np.ndarray):
+                with pytest.raises(ValueError, match="read-only"):
+                    array[...] = 9
+    assert [bits(twin) for twin in twins] == before
 
 
 def test_a_copy_has_step_and_parameters_of_the_same_update() -> None:

@@ -14,7 +14,7 @@ from helpers.comparisons import assert_same
 from helpers.targets import MAKERS, jitted_update, make_makers
 from helpers.trees import perturb
 
-from target_nets import EMATarget, PeriodicTarget
+from target_nets import EMATarget, PeriodicTarget, incremental_update
 
 PARAMS = {"a": {"w": jnp.zeros((3, 1)), "b": jnp.zeros(())}, "c": [jnp.arange(3), None]}
 ONLINE_PARAMS = perturb(PARAMS)
@@ -338,7 +338,11 @@ def test_invalid_arguments_of_the_constructors(case: str) -> None:
         (lambda n: 1 / 0, ZeroDivisionError, "division"),
         (lambda n: [0.1], TypeError, "as the schedule returned it: expected a real scalar, got list"),
         (lambda n: n > 0, TypeError, "as the schedule returned it: expected a real scalar, got bool"),
-        (lambda n: 10**400, TypeError, "as the schedule returned it: expected a real scalar, got int"),
+        (
+            lambda n: 10**400,
+            TypeError,
+            "as the schedule returned it: expected a real scalar, got an integer that jax",
+        ),
         (lambda: 0.1, TypeError, "argument"),
         (lambda n: 0.1 if n > 3 else 0.2, jax.errors.TracerBoolConversionError, "boolean"),
     ],
@@ -399,3 +403,46 @@ def test_a_target_restored_without_its_step_size_refuses_updates(donate: bool) -
     with pytest.raises(TypeError, match=r"^update: the step size is abstract.* that has a step size"):
         restored.update({"w": jnp.ones(2)})
     assert restored.sync({"w": jnp.ones(2)}).step == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"compensated": True}, {"accumulator_dtype": "float64"}], ids=str
+)
+def test_a_target_made_under_x64_is_refused_without_it(settings: dict[str, Any]) -> None:
+    dtype = np.float32 if "accumulator_dtype" in settings else np.float64
+    with jax.enable_x64(True):
+        target = EMATarget({"w": np.ones(2, dtype)}, 0.5, **settings)
+    online = {"w": np.zeros(2, dtype)}
+    for call in (target.update, target.sync, target.updated, target.distance):
+        with pytest.raises(
+            ValueError, match=r"the slow copy\['w'\]: float64 was made with jax_enable_x64"
+        ):
+            call(online)
+    if "accumulator_dtype" in settings:
+        with pytest.raises(ValueError, match="jax_enable_x64"):
+            _ = target.params
+    with jax.enable_x64(True):
+        assert target.update(online).params["w"].dtype == dtype
+        assert target.step == 1
+        old = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"old_tensors\['w'\]: float64 was made with jax_enable_x64"):
+        incremental_update(online, old, 0.5)
+
+
+def test_the_classes_are_final() -> None:
+    for parent in (EMATarget, PeriodicTarget):
+        with pytest.raises(TypeError, match="Mine: the classes of targets are final"):
+
+            class Mine(parent):  # type: ignore[misc, valid-type]
+                pass
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: EMATarget(p, 0.5, donate=True), lambda p: PeriodicTarget(p, 1, donate=True)]
+)
+def test_a_donating_target_may_be_updated_with_its_own_parameters(make: Any) -> None:
+    target = make({"w": jnp.ones(3), "b": jnp.zeros(2)})
+    for change in (target.update, target.sync):
+        params = target.params
+        change({"w": params["w"], "b": jnp.ones(2)})
+        np.testing.assert_array_equal(target.params["w"], np.ones(3))

@@ -500,3 +500,11 @@ def test_invalid_arguments(case: str) -> None:
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("wrong", [["1", "2"], [True, False], "12", [1 + 0j, 2]], ids=str)
+def test_what_is_no_number_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="steps: expected real numbers"):
+        posthoc.solve_weights(wrong, [6, 16], 1, 10)
+    with pytest.raises(TypeError, match="gammas: expected real numbers"):
+        posthoc.solve_weights([1, 2], wrong, 1, 10)

@@ -1,5 +1,6 @@
 """The rules keep structure and dtypes, agree with optax where it is right, and refuse invalid input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -351,3 +352,59 @@ def test_derivatives_through_updates_of_a_target() -> None:
         return jnp.sum(target.params["w"])
 
     np.testing.assert_allclose(jax.grad(loss)(1.0), 3 * (1 - 0.75**3), rtol=1e-6)
+
+
+# Integers that the old leaf cannot hold
+
+WRAPPING = {  # new, old, and the error
+    "dtype": (jnp.int32(300), jnp.int8(0), TypeError),
+    "dtype, though the value fits": (jnp.int32(3), jnp.int8(0), TypeError),
+    "unsigned": (jnp.uint32(2**32 - 1), jnp.int32(0), TypeError),
+    "negative": (jnp.int32(-1), jnp.uint8(0), TypeError),
+    "NumPy": (np.int32(300), np.int8(0), TypeError),
+    "number": (300, jnp.int8(0), ValueError),
+    "negative number": (-1, jnp.uint8(0), ValueError),
+    "NumPy, 64 bits": (np.int64(2**40), jnp.int32(0), ValueError),
+    "NumPy array, 64 bits": (np.array([1, -(2**40)]), jnp.zeros(2, jnp.int32), ValueError),
+}
+INTEGER_RULES: dict[str, Callable[[Any, Any], Any]] = {
+    "incremental_update": lambda new, old: incremental_update(new, old, 0.5),
+    "periodic_update": lambda new, old: periodic_update(new, old, 2, 2),
+    "periodic_update, not due": lambda new, old: periodic_update(new, old, 1, 2),
+    "periodic_update, jax": lambda new, old: periodic_update(new, old, jnp.int32(2), 2),
+    "apply_updates": lambda new, old: apply_updates(old, new),
+    "EMATarget": lambda new, old: EMATarget(old, 0.5).update(new).params,
+    "PeriodicTarget": lambda new, old: PeriodicTarget(old, 2).update(new).params,
+    "sync": lambda new, old: PeriodicTarget(old, 2).sync(new).params,
+}
+
+
+@pytest.mark.parametrize("rule", INTEGER_RULES)
+@pytest.mark.parametrize("case", WRAPPING)
+def test_integers_that_do_not_fit_are_refused_by_path(case: str, rule: str) -> None:
+    new, old, error = WRAPPING[case]
+
+    def tree(n: Any) -> Any:
+        return {"n": n, "w": jnp.ones(2)}
+
+    with pytest.raises(error, match=r"\['n'\]: expected .*int"):
+        INTEGER_RULES[rule](tree(new), tree(old))
+    with pytest.raises(error, match=r"\['n'\]: expected .*int"):
+        jax.jit(lambda old: INTEGER_RULES[rule](tree(new), old))(tree(old))
+
+
+@pytest.mark.parametrize("rule", ["incremental_update", "EMATarget", "sync", "periodic_update, jax"])
+def test_integers_that_fit_keep_their_values(rule: str) -> None:
+    for new, old in (
+        (jnp.int8(-7), jnp.int32(0)),
+        (jnp.uint8(200), jnp.int16(0)),
+        (True, jnp.int8(0)),
+        (127, jnp.int8(0)),
+        (-128, jnp.int8(0)),
+        (np.int64(7), jnp.int32(0)),
+        (np.arange(3), jnp.zeros(3, jnp.int32)),
+        (2**31 - 1, 0),
+    ):
+        got = INTEGER_RULES[rule]({"n": new}, {"n": old})["n"]
+        assert got.dtype == jnp.asarray(old).dtype
+        np.testing.assert_array_equal(got, np.asarray(new))

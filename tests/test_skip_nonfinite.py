@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
-from helpers.comparisons import arrays, assert_same
+from helpers.comparisons import arrays, assert_same, bits
 from helpers.targets import RUNS, through_bytes
 from helpers.trees import MIXED, MIXED_MASK, perturb
 from jax.sharding import NamedSharding, PartitionSpec
@@ -175,3 +175,28 @@ def test_the_count_stops_at_the_largest_integer() -> None:
     target = serialization.from_state_dict(template, state)
     assert target.update(BAD["nan"]).skipped == 2**31 - 1
     assert target.update(GOOD).params["w"][0, 0] == 0.5
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_an_average_that_would_overflow_is_skipped(compensated: bool) -> None:
+    """What counts is what the slow copy would hold."""
+    settings = {"accumulator_dtype": jnp.float16, "skip_nonfinite": True, "compensated": compensated}
+    target = EMATarget({"w": jnp.ones(3), "b": jnp.zeros(2)}, 0.5, **settings)
+    before = bits(target.params)
+    target.update({"w": jnp.array([1e6, 0.0, 1.0]), "b": jnp.ones(2)})
+    assert (target.skipped, bits(target.params)) == (1, before)
+    target.update({"w": jnp.array([6e4, 0.0, 1.0]), "b": jnp.ones(2)})
+    assert target.skipped == 1
+    np.testing.assert_allclose(target.params["w"], [30000, 0.5, 1], rtol=1e-3)
+    # The average of a large value may still fit.
+    small = EMATarget({"w": jnp.ones(2)}, 1e-3, **settings).update({"w": jnp.full(2, 1e6)})
+    assert small.skipped == 0
+    np.testing.assert_allclose(small.params["w"], np.full(2, 1001), rtol=1e-3)
+
+
+def test_a_copied_value_that_would_overflow_is_skipped() -> None:
+    with jax.enable_x64(True):
+        target = EMATarget({"w": jnp.ones(2, jnp.float32)}, 0.5, mask=False, skip_nonfinite=True)
+        target.update({"w": jnp.array([1e300, 0.0])})
+        assert target.skipped == 1
+        np.testing.assert_array_equal(target.params["w"], np.ones(2))

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 from helpers.comparisons import arrays, assert_close, assert_equal_values, assert_same
 from helpers.compilations import count_compilations
-from helpers.targets import INT32_MAX, UPDATES, at_step, harmonic, scan_updates
+from helpers.targets import INT32_MAX, MAKERS, UPDATES, at_step, harmonic, scan_updates
 from helpers.trees import ONLINE, START, perturb
+from jax.sharding import NamedSharding, PartitionSpec
 
 from target_nets import (
     EMATarget,
@@ -363,6 +364,30 @@ def test_the_gradient_of_distance_is_zero_where_the_distance_is() -> None:
     np.testing.assert_allclose(jax.grad(target.distance)({"w": jnp.array([4.0, 5.0])})["w"], [0.6, 0.8])
 
 
+@pytest.mark.parametrize("exponent", [-124, -90, -76, -60, -32, 0, 30, 48, 60, 64, 100, 126])
+def test_distance_and_its_gradient_over_the_whole_range(exponent: int) -> None:
+    scale = np.float32(2.0**exponent)
+    values = {"w": scale * np.array([3, -1, 0, 0.5], np.float32), "b": scale * np.ones(3, np.float32)}
+    there = jax.tree.map(jnp.asarray, values)
+    flat = np.concatenate([x.astype(np.float64) for x in values.values()])
+    for target in (EMATarget(jax.tree.map(np.zeros_like, values), 0.5),):
+        for distance in (target.distance, jax.jit(target.distance)):
+            np.testing.assert_allclose(distance(there), np.linalg.norm(flat), rtol=1e-6)
+        gradients = jax.grad(target.distance)(there)
+        for name, x in values.items():
+            expected = x.astype(np.float64) / np.linalg.norm(flat)
+            np.testing.assert_allclose(gradients[name], expected, rtol=1e-6)
+    sweep = jax.vmap(target.distance)(jax.tree.map(lambda x: jnp.stack([x, 0 * x]), there))
+    np.testing.assert_allclose(sweep, [np.linalg.norm(flat), 0], rtol=1e-6)
+
+
+def test_distances_that_are_not_finite() -> None:
+    target = EMATarget({"w": jnp.zeros(3)}, 0.5)
+    assert target.distance({"w": jnp.array([1.0, np.inf, 0.0])}) == np.inf
+    assert np.isnan(target.distance({"w": jnp.array([1.0, np.nan, 0.0])}))
+    assert np.isnan(target.distance({"w": jnp.array([np.inf, np.nan, 0.0])}))
+
+
 def test_abstract_targets_have_abstract_parameters() -> None:
     abstract = jax.eval_shape(lambda: EMATarget({"w": jnp.ones(2, jnp.bfloat16)}, 0.5))
     assert (abstract.params["w"].shape, abstract.params["w"].dtype) == ((2,), jnp.bfloat16)
@@ -392,6 +417,38 @@ def test_numbers_as_leaves_with_and_without_jit(number: Any) -> None:
     compiled = results()
     with jax.disable_jit():
         assert_same(results(), compiled)
+
+
+# A user's train step is compiled once
+
+
+@pytest.mark.parametrize("kind", ["ema", "ema, array", "ema, period", "ema, everything", "periodic"])
+@pytest.mark.parametrize("place", ["nowhere", "device", "mesh"])
+def test_a_jitted_train_step_compiles_once(place: str, kind: str) -> None:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    places = {
+        "nowhere": jnp.asarray,
+        "device": partial(jax.device_put, device=jax.devices()[0]),
+        "mesh": partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec())),
+    }
+    start, there = (jax.tree.map(places[place], tree) for tree in (START, ONLINE))
+
+    @jax.jit
+    def train(params: Any, target: Any) -> Any:
+        params = jax.tree.map(lambda x: x * 0.5, params)
+        return params, target.update(params)
+
+    target = MAKERS[kind](start)
+    with count_compilations() as messages:
+        params, target = train(there, target)
+        for _ in range(3):
+            params, target = train(params, target)
+    assert sum("jit(train)" in message for message in messages) == 1
+    assert target.update(params).step == 5  # eager updates go on
+    assert isinstance(target.step, np.ndarray)
+    with count_compilations() as messages:
+        train(params, target)
+    assert not messages
 
 
 # The step size may be read and assigned

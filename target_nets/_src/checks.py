@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from target_nets._src.dtypes import DType, Kind, kind_of
+from target_nets._src.dtypes import DType, Kind, is_enabled, kind_of
 from target_nets._src.trees import Leaf, array_type, describe
 
 INT32_MAX = 2**31 - 1
@@ -55,7 +55,10 @@ def check_scalar(name: str, x: Leaf, expected: str, *kinds: Kind, shape: tuple[i
     """Raises unless a leaf is a scalar of one of these kinds, or an array of another shape."""
     known = array_type(x)
     if known is None or kind_of(known.dtype) not in kinds:
-        got = repr(x) if isinstance(x, bool | float | complex) else describe(x)
+        if _is_number(x, int):
+            got = "an integer that jax cannot represent"
+        else:
+            got = repr(x) if isinstance(x, bool | float | complex) else describe(x)
         raise TypeError(f"{name}: expected {expected}, got {got}")
     if known.shape != shape:
         wanted = f"shape {list(shape)}, as this population has" if shape else "a scalar"
@@ -72,7 +75,7 @@ def check_accumulator_dtype(accumulator_dtype: DTypeLike | None) -> DType | None
         raise TypeError(f"accumulator_dtype: expected a dtype, got {accumulator_dtype!r}") from None
     if kind_of(dtype) != Kind.FLOAT:
         raise TypeError(f"accumulator_dtype: expected a floating dtype, got {dtype}")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    if not is_enabled(dtype):
         raise ValueError(f"accumulator_dtype: {dtype} needs jax_enable_x64")
     return dtype
 

@@ -6,8 +6,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_map_with_path
 from jax.typing import ArrayLike
 
@@ -55,20 +53,6 @@ def zero_compensation(slow: PyTree, averaged: Sequence[bool]) -> PyTree:
     return treedef.unflatten(list(map(zeros, params, averaged)))
 
 
-def put_beside(scalar: Any, slow: PyTree) -> Any:
-    """Returns a scalar where updates will leave it: on the devices of the slow copy, if it is placed.
-
-    If it started elsewhere, the second update would compile again.
-    """
-    shardings = map(placement.sharding_of, jax.tree.leaves(slow))
-    sharding = next((sharding for sharding in shardings if sharding is not None), None)
-    if sharding is None or isinstance(scalar, Tracer):
-        return scalar
-    if isinstance(sharding, NamedSharding):
-        return jax.device_put(scalar, NamedSharding(sharding.mesh, PartitionSpec()))
-    return jax.device_put(scalar, sharding.with_memory_kind("device"))
-
-
 def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]:
     """Returns whether to average each leaf of `arrays`, which are those of `params`."""
     if mask is None:
@@ -109,5 +93,5 @@ def parse_step_size(
     if isinstance(step_size, jax.Array | np.ndarray):
         array = jnp.array(step_size)
         # It is made strongly typed, so that assigning another one compiles nothing.
-        return None, put_beside(array.astype(array.dtype), slow)
+        return None, placement.put_beside(array.astype(array.dtype), slow)
     return float(checked), None

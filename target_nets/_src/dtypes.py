@@ -49,6 +49,34 @@ def is_inexact(dtype: DType) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
+def holds(dtype: DType, other: DType) -> bool:
+    """Whether a dtype has every value of another one of the same kind."""
+    if kind_of(dtype) == Kind.INTEGER:
+        wide, narrow = jnp.iinfo(dtype), jnp.iinfo(other)
+        return bool(wide.min <= narrow.min and narrow.max <= wide.max)
+    if not is_inexact(dtype):
+        return True
+    wide, narrow = jnp.finfo(dtype), jnp.finfo(other)
+    smallest = [info.minexp - info.nmant for info in (wide, narrow)]
+    return bool(wide.nmant >= narrow.nmant and wide.max >= narrow.max and smallest[0] <= smallest[1])
+
+
+def may_overflow(new: DType, old: DType) -> bool:
+    """Whether an inexact leaf of one dtype has finite values that another one does not have."""
+    is_real = is_inexact(new) and is_inexact(old)
+    return is_real and bool(jnp.finfo(new).max > jnp.finfo(old).max)
+
+
+def is_enabled(dtype: DType) -> bool:
+    """Whether jax can use a dtype now: without `jax_enable_x64` it has none of 64 bits."""
+    return is_key(dtype) or jax.dtypes.canonicalize_dtype(dtype) == dtype
+
+
+def real_dtype(dtype: DType) -> DType:
+    """Returns the dtype of the parts of a complex dtype, and any other inexact dtype unchanged."""
+    return jnp.finfo(dtype).dtype
+
+
 def accumulation_dtype(dtype: DType) -> DType:
     """Returns float32 for floats below 32 bits, and any other dtype unchanged."""
     is_small_float = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32

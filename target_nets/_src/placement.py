@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
@@ -43,6 +44,38 @@ def copy_to_own_buffers(tree: Tree) -> Tree:
     return jax.device_put(tree, jax.tree.map(sharding_of, tree), may_alias=False)
 
 
+def put_beside(scalar: Any, slow: PyTree) -> Any:
+    """Returns a scalar where updates will leave it: on the devices of the slow copy, if it is placed.
+
+    If it started elsewhere, jit would return it there, and the second call would compile again.
+    """
+    shardings = map(sharding_of, jax.tree.leaves(slow))
+    sharding = next((sharding for sharding in shardings if sharding is not None), None)
+    if sharding is None or isinstance(scalar, Tracer):
+        return scalar
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    else:
+        sharding = sharding.with_memory_kind("device")
+    if isinstance(scalar, np.ndarray):  # without a word between the processes that share a mesh
+        return jax.make_array_from_callback(scalar.shape, sharding, lambda _: scalar)
+    return jax.device_put(scalar, sharding)
+
+
+def own_host_arrays(tree: Tree) -> Tree:
+    """Returns the tree with read-only copies of those NumPy arrays that somebody could write to."""
+
+    def own(x: Leaf) -> Leaf:
+        if not isinstance(x, np.ndarray) or not x.flags.writeable:
+            return x
+        x = x.copy()
+        x.setflags(write=False)
+        return x
+
+    has_host_arrays = any(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree))
+    return jax.tree.map(own, tree) if has_host_arrays else tree
+
+
 def match_devices(online: Tree, slow: PyTree) -> tuple[Tree, Shardings]:
     """Moves those online arrays that jit cannot combine with the slow ones.
 
@@ -58,6 +91,12 @@ def match_devices(online: Tree, slow: PyTree) -> tuple[Tree, Shardings]:
     shardings = map(sharding_of, leaves)
     named = tuple(s if isinstance(s, NamedSharding) else None for s in shardings)
     return online, named if any(named) else None
+
+
+def copy_shared(online: Tree, slow: PyTree) -> Tree:
+    """Returns the online tree with copies of those arrays that are the slow ones themselves."""
+    shared = set(map(id, jax.tree.leaves(slow)))
+    return jax.tree.map(lambda x: jnp.copy(x) if id(x) in shared else x, online)
 
 
 def _match_devices(x: Leaf, slow: jax.Array) -> Leaf:

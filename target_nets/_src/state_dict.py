@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 from jax.core import Tracer
 
 from target_nets._src.checks import INT32_MAX
-from target_nets._src.dtypes import is_key, kind_of
+from target_nets._src.dtypes import Kind, holds, is_key, kind_of
 from target_nets._src.placement import copy_to_own_buffers, sharding_of
 from target_nets._src.state import State
 from target_nets._src.target import AnyTarget, Target, make_target
@@ -45,7 +46,7 @@ def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
         if name in _COUNTERS:
             children[name] = _restore_count(child, saved[name], f"{path}/{name}")
         else:
-            nnx_objects = state.settings.nnx_objects
+            nnx_objects = state.settings.nnx_objects if name == "params" else ()
             children[name] = _restore_tree(child, saved[name], f"{path}/{name}", nnx_objects)
     step_size = state.step_size
     if isinstance(step_size, jax.Array):
@@ -116,11 +117,15 @@ def _restore_leaves(indices: PyTree, leaves: list[Any], saved: Any, path: str) -
 def _restore_leaf(leaf: Any, saved: Leaf, path: str) -> jax.Array:
     wanted = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf.dtype) else leaf
     got = saved if isinstance(saved, jax.Array) or not _is_number(saved) else np.asarray(saved)
+    if type(saved) is int and kind_of(wanted.dtype) == Kind.INTEGER:
+        info = jnp.iinfo(wanted.dtype)
+        if info.min <= saved <= info.max:  # the count of a target that is part of the parameters
+            got = np.asarray(saved, wanted.dtype)
     if not (
         _is_number(got)
         and got.shape == wanted.shape
         and kind_of(got.dtype) == kind_of(wanted.dtype)
-        and np.can_cast(got.dtype, wanted.dtype)
+        and holds(wanted.dtype, got.dtype)
     ):
         expected = f"{wanted.dtype}{list(wanted.shape)}, or a dtype that fits into it"
         raise ValueError(f"{path}: expected {expected}, got {describe(got)}")

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
 from target_nets._src import summary, trace, update, views
-from target_nets._src.placement import copy_to_own_buffers, pin_constants
+from target_nets._src.placement import copy_to_own_buffers, own_host_arrays, pin_constants, put_beside
 from target_nets._src.state import Count, Settings, State
 from target_nets._src.trees import PyTree
 
@@ -27,6 +27,11 @@ class Target(Generic[P]):
     _state: State  # each method reads it only once, since another thread may replace it
     _lock: Lock = attrs.field(factory=Lock, init=False)  # held while the state is being replaced
     _trace: trace.Trace = attrs.field(factory=trace.current_trace)  # where it may be changed in place
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__base__ is not None and cls.__base__.__name__ != "Target":
+            raise TypeError(f"{cls.__name__}: the classes of targets are final; hold a target instead")
 
     if TYPE_CHECKING:  # attrs writes this method
 
@@ -193,7 +198,8 @@ class Target(Generic[P]):
         if self._trace != trace.current_trace():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: this target was made outside of the function that jax "
-                "is transforming (jit, scan, vmap, cond, grad, ...), so the change would be lost. Pass "
+                "is transforming (jit, scan, vmap, cond, grad, ...), so the change would be lost, or "
+                "made once, while jax traces. Pass "
                 "the target into that function as an argument and return it, or call `updated`, which "
                 "returns a new target. In a loss, take the gradient first and update after it."
             )
@@ -214,10 +220,9 @@ class Target(Generic[P]):
         return self._state
 
     def __setstate__(self, state: State) -> None:
-        for count in (state.step, state.skipped):
-            if isinstance(count, np.ndarray):
-                count.setflags(write=False)  # a pickle does not keep this flag
-        self.__attrs_init__(state)
+        # A pickle does not keep arrays read-only.
+        children = own_host_arrays({name: getattr(state, name) for name in state.settings.child_names})
+        self.__attrs_init__(state._replace(**children))
 
 
 AnyTarget = TypeVar("AnyTarget", bound=Target[Any])
@@ -247,6 +252,9 @@ def _flatten_with_keys(target: Target[Any]) -> tuple[list[tuple[Any, PyTree]], S
 
 def _flatten(target: Target[Any]) -> tuple[list[PyTree], Settings]:
     state = target.__getstate__()
+    if isinstance(state.step, np.ndarray):
+        # jit would return it beside a slow copy that is placed, and compile again if it came from here.
+        state = state._replace(step=put_beside(state.step, state.params))
     return [getattr(state, name) for name in state.settings.child_names], state.settings
 
 
@@ -254,5 +262,6 @@ def _unflatten(
     target_class: type[Target[Any]], settings: Settings, children: Iterable[PyTree]
 ) -> Target[Any]:
     # Nothing is checked, since jax may pass anything as a child.
+    children = own_host_arrays(list(children))
     state = State(settings, **dict(zip(settings.child_names, children, strict=True)))
     return make_target(target_class, state)

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +82,20 @@ def add(updates: PyTree, params: Tree) -> Tree:
 
 def check_tensors(new: PyTree, old: PyTree) -> None:
     """Raises if two trees do not fit each other."""
-    trees.zip_leaves(*unwrap_pair(new, old), TENSOR_NAMES)
+    new_arrays, old_arrays = _unwrap(new, old, TENSOR_NAMES)
+    trees.zip_leaves(new_arrays, old_arrays, TENSOR_NAMES)
+
+
+def _unwrap(new: PyTree, old: PyTree, names: Names) -> tuple[PyTree, PyTree]:
+    new_arrays, old_arrays = unwrap_pair(new, old)
+    if new_arrays is not new:  # jax arrays, the usual case, come back as they are
+        new_arrays = trees.fit_integers(new_arrays, old_arrays, names)
+    return new_arrays, old_arrays
 
 
 def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree, names: Names) -> Tree:
     """Calls a compiled rule with the arrays of two trees, and returns a tree like the old one."""
-    new_arrays, old_arrays = unwrap_pair(new, old)
+    new_arrays, old_arrays = _unwrap(new, old, names)
 
     def call() -> PyTree:
         return rule(trees.jit_argument(new_arrays), trees.jit_argument(old_arrays))
@@ -96,6 +105,10 @@ def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree,
 
 
 # Compiled functions
+
+Values: TypeAlias = tuple[
+    jax.Array, jax.Array | None
+]  # of a slow leaf: its value and its rounding error
 
 
 def _apply_to_leaves(
@@ -116,26 +129,33 @@ def _apply_to_leaves(
     compensated_lerp = jax.jit(partial(arithmetic.compensated_lerp, step_size=rate))
     finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
 
-    results: list[tuple[jax.Array, jax.Array | None]] = []
+    befores: list[Values] = []
+    afters: list[Values] = []
     leaves = zip(pairs, slow.errors(), averaged, shardings or [None] * len(pairs), strict=True)
     for (new, old), old_error, average, sharding in leaves:
         new = placement.match_sharding(new, old, sharding)
         new = new if finite is None else arithmetic.zero_unless(finite, new)
-        value, error = before = placement.to_device_memory((old, old_error))
+        value, error = placement.to_device_memory((old, old_error))
+        befores.append((value, error))
         if not average:
             # `error - error` is 0, since errors are finite, and unlike new zeros it keeps their
             # sharding.
-            after = arithmetic.copy(new, value), None if error is None else error - error
+            afters.append((arithmetic.copy(new, value), None if error is None else error - error))
         elif error is None:
-            after = lerp(new, value), None
+            afters.append((lerp(new, value), None))
         else:
-            after = compensated_lerp(new, value, error)
-        if finite is not None:
-            after = jax.tree.map(partial(lax.select, finite), after, before)
-        results.append(placement.match_memory(after, old))
+            afters.append(compensated_lerp(new, value, error))
 
     if skipped is not None and finite is not None:
+        values = zip(pairs, afters, strict=True)
+        narrow = [
+            after for (new, old), (after, _) in values if dtypes.may_overflow(new.dtype, old.dtype)
+        ]
+        finite = finite & arithmetic.all_finite(narrow) if narrow else finite
+        afters = jax.tree.map(partial(lax.select, finite), afters, befores)
         skipped = lax.select(finite, skipped, next_count(skipped, 1))
+    slow_leaves = zip(afters, pairs, strict=True)
+    results = [placement.match_memory(after, old) for after, (_, old) in slow_leaves]
     errors = [error for _, error in results]
     compensation = None if slow.compensation is None else treedef.unflatten(errors)
     return SlowCopy(treedef.unflatten([value for value, _ in results]), compensation), skipped

@@ -45,6 +45,7 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
         )
         raise ValueError(_mismatch(names, keystr(path), got, expected)) from None
     pairs = list(zip(new_leaves, old_leaves, strict=True))
+    check_enabled(old, names.old)
     for index, (x, y) in enumerate(pairs):
         if (error := find_misfit(x, y)) is not None:
             check_arrays(old, names.old)
@@ -70,6 +71,45 @@ def jit_argument(tree: Tree) -> Tree:
     If jit is disabled, all leaves become jax arrays, as jit itself would make them.
     """
     return jax.tree.map(jnp.asarray, tree) if _CONFIG.jax_disable_jit else tree
+
+
+def check_enabled(old: PyTree, name: str) -> None:
+    """Raises if a leaf has a dtype that jax can use only with `jax_enable_x64`, which is now off."""
+    for index, leaf in enumerate(jax.tree.leaves(old)):
+        dtype = getattr(leaf, "dtype", None)
+        if isinstance(leaf, jax.Array) and dtype is not None and not dtypes.is_enabled(dtype):
+            raise ValueError(
+                f"{name}{leaf_path(old, index)}: {dtype} was made with jax_enable_x64, which is off here"
+            )
+
+
+def fit_integers(new: Tree, old: PyTree, names: Names) -> Tree:
+    """Returns the new tree with Python integers in the dtypes of the old leaves.
+
+    A jax array shows in its dtype what it may hold. Of Python and NumPy integers jax would keep the
+    lower bits, so here they are checked by their values.
+    """
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new  # `zip_leaves` will say where they differ
+    leaves, treedef = jax.tree.flatten(new)
+    for index, (x, y) in enumerate(zip(leaves, jax.tree.leaves(old), strict=True)):
+        is_number = isinstance(x, int) and not isinstance(x, bool)
+        is_wide = (
+            isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "iu" and x.dtype.itemsize == 8
+        )
+        known = array_type(y)
+        if (
+            known is None
+            or dtypes.kind_of(known.dtype) != dtypes.Kind.INTEGER
+            or not (is_number or is_wide)
+        ):
+            continue
+        info = jnp.iinfo(known.dtype)
+        if np.size(x) and not (info.min <= np.min(x) and np.max(x) <= info.max):
+            raise ValueError(_mismatch(names, leaf_path(new, index), str(x), f"values of {known.dtype}"))
+        if is_number:
+            leaves[index] = np.asarray(x, known.dtype)
+    return treedef.unflatten(leaves)
 
 
 def copy_nones(tree: PyTree, reference: PyTree) -> PyTree:
@@ -137,6 +177,8 @@ def find_misfit(new: Leaf, old: Leaf) -> type[Exception] | None:
         return TypeError  # a number, or a key of another implementation
     new_kind, old_kind = dtypes.kind_of(new_type.dtype), dtypes.kind_of(old_type.dtype)
     if new_kind is None or old_kind is None or new_kind > old_kind:  # None: float0, a zero tangent
+        return TypeError
+    if new_kind == old_kind == dtypes.Kind.INTEGER and not dtypes.holds(old_type.dtype, new_type.dtype):
         return TypeError
     return None if new_type.shape == old_type.shape else ValueError
 

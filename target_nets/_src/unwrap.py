@@ -27,9 +27,6 @@ def unwrap(tree: PyTree, *, read_refs: bool = True) -> PyTree:
     jax may still read a NumPy array after the call has returned, and may use its memory as its own.
     Without `read_refs` only the Refs inside nnx objects are read.
     """
-    leaves = jax.tree.leaves(tree, is_leaf=is_nnx_object)
-    if all(map(_is_jax_array_type, set(map(type, leaves)))):
-        return tree  # the usual case
 
     def unwrap_one(x: Any) -> Any:
         if is_nnx_object(x):
@@ -44,11 +41,18 @@ def unwrap_pair(new: PyTree, old: PyTree) -> tuple[PyTree, PyTree]:
 
     Refs among the old leaves stay, and the rule will refuse them.
     """
-    (new_leaves, new_treedef), (old_leaves, old_treedef) = map(jax.tree.flatten, (new, old))
-    leaf_types = set(map(type, new_leaves + old_leaves))
-    if new_treedef == old_treedef and all(map(_is_jax_array_type, leaf_types)):
+    if fits_as_it_is(new, old) and fits_as_it_is(old, new):
         return new, old
     return unwrap(new), unwrap(old, read_refs=False)
+
+
+def fits_as_it_is(new: PyTree, old: PyTree) -> bool:
+    """Whether a tree has the treedef of another one, and jax arrays for leaves, as it usually does.
+
+    This is on the path of every eager update, and much faster than `unwrap`.
+    """
+    leaves, treedef = jax.tree.flatten(new)
+    return treedef == jax.tree.structure(old) and all(map(_is_jax_array_type, set(map(type, leaves))))
 
 
 def _read(leaf: Leaf) -> Leaf:

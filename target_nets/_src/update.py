@@ -20,7 +20,7 @@ from target_nets._src.state import (
 )
 from target_nets._src.tree_rules import apply_plan
 from target_nets._src.trees import PyTree
-from target_nets._src.unwrap import unwrap
+from target_nets._src.unwrap import fits_as_it_is, unwrap
 
 NAMES = trees.Names("online_params", "the slow copy")
 
@@ -41,7 +41,8 @@ def _advance_traced(state: State, online: PyTree, donate: bool) -> State:
     """An update of a traced step: the device decides whether an averaging is due."""
     period, plan = state.settings.update_period, state.settings.plan
     step = next_count(state.step, period)
-    average = partial(_apply_in_place, plan, unwrap(online), state, step // period - 1, donate)
+    arrays = _unwrap_online(online, state)
+    average = partial(_apply_in_place, plan, arrays, state, step // period - 1, donate)
     if period == 1:
         slow, skipped = average()
     else:
@@ -58,9 +59,10 @@ def _advance_counted(state: State, online: PyTree, donate: bool) -> State:
     if step % period == 0:
         # Only schedules need the count, and it takes time to send it to the device.
         due_before = host_count(step // period - 1) if callable(plan.step_size) else None
-        slow, skipped = _apply_in_place(plan, unwrap(online), state, due_before, donate)
+        arrays = _unwrap_online(online, state)
+        slow, skipped = _apply_in_place(plan, arrays, state, due_before, donate)
     elif not state.structure_checked:
-        trees.zip_leaves(unwrap(online), slow.params, NAMES)
+        trees.zip_leaves(_unwrap_online(online, state), slow.params, NAMES)
     return state.after_update(slow, host_count(step), skipped)
 
 
@@ -68,8 +70,14 @@ def sync(state: State, online: PyTree, *, donate: bool) -> State:
     """Returns the state after a copy of all leaves, including nonfinite ones. The counters stay."""
     check_is_not_abstract(state, "sync")
     copied = state._replace(skipped=None, step_size=None)
-    slow, _ = _apply_in_place(COPY_ALL, unwrap(online), copied, None, donate)
+    slow, _ = _apply_in_place(COPY_ALL, _unwrap_online(online, state), copied, None, donate)
     return state.after_update(slow, state.step, state.skipped)
+
+
+def _unwrap_online(online: PyTree, state: State) -> PyTree:
+    if fits_as_it_is(online, state.params):
+        return online
+    return trees.fit_integers(unwrap(online), state.params, NAMES)
 
 
 def _apply_in_place(
@@ -79,6 +87,8 @@ def _apply_in_place(
     shardings = None
     if eager := trace.is_eager(online, state.params):
         online, shardings = placement.match_devices(online, state.params)
+        if donate:
+            online = placement.copy_shared(online, state.params)
     else:
         donate = False  # the user's jit decides whose memory it reuses
     slow, skipped = apply_plan(

@@ -4,11 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from target_nets._src import arithmetic, dtypes, placement, trace, trees
 from target_nets._src.state import SlowCopy, State, check_is_one_target
 from target_nets._src.trees import PyTree
-from target_nets._src.unwrap import rewrap, unwrap
+from target_nets._src.unwrap import fits_as_it_is, rewrap, unwrap
 from target_nets._src.update import NAMES
 
 
@@ -25,7 +26,8 @@ def read_params(state: State) -> PyTree:
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
-    online = unwrap(online)
+    if not fits_as_it_is(online, state.params):
+        online = unwrap(online)
     if trace.is_eager(online, state.params):
         online, _ = placement.match_devices(online, state.params)
     return trees.call_naming_leaves(
@@ -35,6 +37,7 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
 
 @partial(jax.jit, static_argnames="param_dtypes")
 def _cast_params(slow: SlowCopy, param_dtypes: tuple[dtypes.DType | None, ...]) -> PyTree:
+    trees.check_enabled(slow.params, NAMES.old)
     params, treedef = jax.tree.flatten(slow.params)
     leaves = zip(params, slow.errors(), param_dtypes, strict=True)
     return treedef.unflatten([_cast_leaf(x, error, dtype) for x, error, dtype in leaves])
@@ -47,7 +50,8 @@ def _cast_leaf(stored: jax.Array, error: jax.Array | None, dtype: dtypes.DType |
     value, error = placement.to_device_memory((stored, error))
     if error is not None:
         wide = dtypes.arithmetic_dtype(value.dtype, dtype)
-        value = value.astype(wide) + error.astype(wide)
+        # Without the `where` a sum with an error of 0 would lose the sign of -0.0.
+        value = jnp.where(error == 0, value.astype(wide), value.astype(wide) + error.astype(wide))
     return placement.match_memory(value.astype(dtype), stored)
 
 
@@ -55,10 +59,24 @@ def _cast_leaf(stored: jax.Array, error: jax.Array | None, dtype: dtypes.DType |
 def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
     pairs, _ = trees.zip_leaves(online, slow.params, NAMES)
     leaves = zip(pairs, slow.errors(), strict=True)
-    gaps = [_gap(*pair, error) for pair, error in leaves if dtypes.is_inexact(pair[1].dtype)]
-    total = jnp.asarray(sum((jnp.sum(jnp.abs(gap) ** 2) for gap in gaps), 0.0))
-    # The derivative of the square root is infinite at 0. This defines it as 0.
-    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)
+    inexact = [(*pair, error) for pair, error in leaves if dtypes.is_inexact(pair[1].dtype)]
+    dtype = jnp.result_type(jnp.float32, *(dtypes.real_dtype(old.dtype) for _, old, _ in inexact))
+    limit = jnp.finfo(dtype).maxexp  # 128 for float32
+
+    def norm_at(scale: jax.Array) -> jax.Array:
+        total = jnp.zeros((), dtype)
+        for leaf in inexact:
+            scaled = jnp.abs(_gap(*leaf)).astype(dtype) * scale
+            total += jnp.sum(scaled * scaled)
+        # The derivative of the square root is infinite at 0. This defines it as 0.
+        return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total) / scale
+
+    # The squares of values above 2**(limit/2) overflow, and those below 2**(-limit/2) vanish. A power of
+    # two brings very large or very small values to where neither can happen.
+    norm = norm_at(jnp.ones((), dtype))
+    is_small, is_large = norm < 2.0 ** (-limit // 4), norm > 2.0 ** (3 * limit // 8)
+    scale = jnp.where(is_small, 2.0 ** (limit * 5 // 8), 2.0 ** (-limit * 5 // 8)).astype(dtype)
+    return lax.cond(is_small | is_large, norm_at, lambda _: norm, scale)
 
 
 def _gap(new: jax.Array, old: jax.Array, error: jax.Array | None) -> jax.Array:
