@@ -46,7 +46,9 @@ class EMATarget(Target[P]):
         of the target, so that `vmap` can sweep it. A schedule is a hashable callable. Its argument is
         the number of averagings before this one, a traced int32 scalar. A `jax.Array` and what a
         schedule returns are clipped to [0, 1], and nan counts as 0. In eager Python, an averaging with a
-        schedule sends one scalar to the device, which `jax.transfer_guard("disallow")` refuses.
+        schedule sends one scalar to the device, which `jax.transfer_guard("disallow")` refuses. jax
+        keeps a lambda, and all that it refers to, until `jax.clear_caches()`. Of those in
+        `target_nets.schedules` it keeps one for all that are equal.
       update_period: Only every `update_period`-th update averages, an integer from 1 to 2**31-1.
       mask: Which leaves to average, as in `optax.masked`: a tree prefix of booleans, or a callable of
         the parameters that returns one. The other leaves are copied, as one may want for the statistics
@@ -57,13 +59,15 @@ class EMATarget(Target[P]):
         size 0.005 would soon get stuck, since small increments are rounded away.
       compensated: Whether to store the rounding error of each average, too, which takes as much memory
         again. Then the average is right to one unit in the last place, at any step size and after any
-        number of updates. It is worth the memory for float32 with step sizes below 1e-3. With a
-        narrower `accumulator_dtype`, value and error together have twice the precision of that dtype: 16
+        number of updates, for float32 values between 1e-30 / step size and 1e38: below, the rounding
+        errors are denormal numbers, which XLA may turn into zeros, and above, differences overflow. It
+        is worth the memory for float32 with step sizes below 1e-3. With a narrower `accumulator_dtype`, value and error together have twice the precision of that dtype: 16
         bits for bfloat16.
       skip_nonfinite: Whether to skip an averaging if an inexact leaf of the online parameters holds inf
-        or nan. Then the whole slow copy stays as it is, and `step` and `skipped` go up by one. The
-        device decides, and the host does not wait. Not for use inside `shard_map`, where each shard
-        would decide for itself; there jax raises an error, unless `check_vma=False` was given.
+        or nan, or if an average would overflow in the dtype that it is stored in. Then the whole slow
+        copy stays as it is, and `step` and `skipped` go up by one. The device decides, and the host does
+        not wait. Not for use inside `pmap` or `shard_map`, where each device would decide for itself. In
+        a `shard_map` jax raises an error, unless `check_vma=False` was given.
       donate: Whether `update` and `sync` in eager Python reuse the memory of the slow copy. Then what
         was read from `target.params` before can no longer be read.
 

@@ -89,10 +89,11 @@ class Target(Generic[P]):
           The target itself, so that calls can be chained, and returned from the body of a scan.
 
         Raises:
-          ValueError: The structures or the shapes of two leaves differ, or `vmap` has batched the
-            target.
-          TypeError: A leaf is not an array or a number, its kind is wider than that of the slow copy, or
-            the target is abstract.
+          ValueError: The structures or the shapes of two leaves differ, an integer does not fit the
+            slow copy's dtype, `vmap` has batched the target, or the target was made with
+            `jax_enable_x64` and that is off now.
+          TypeError: A leaf is not an array or a number, its kind is wider than that of the slow copy,
+            its integer dtype does not fit into the slow copy's, or the target is abstract.
           RuntimeError: The target was not passed into the jax transformation that is running.
 
         Example:
