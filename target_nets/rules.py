@@ -63,10 +63,10 @@ def incremental_update(new_tensors: Tree, old_tensors: Tree, step_size: ArrayLik
       The averages, with the structure, shapes and dtypes of `old_tensors`, in new buffers.
 
     Raises:
-      ValueError: The structures or the shapes of two leaves differ, or a Python or NumPy step size is
-        not in [0, 1].
+      ValueError: The structures or the shapes of two leaves differ, an integer does not fit the dtype
+        of the old leaf, or a Python or NumPy step size is not in [0, 1].
       TypeError: A leaf is not an array or a number, or is of a wider kind than the old one (bool < int <
-        float < complex), or the step size is not real.
+        float < complex) or of an integer dtype that does not fit into it, or the step size is not real.
 
     References:
       Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; Lillicrap et
@@ -105,10 +105,10 @@ def periodic_update(
       `old_tensors`.
 
     Raises:
-      ValueError: The structures or the shapes of two leaves differ, or a Python or NumPy period is out
-        of range.
+      ValueError: The structures or the shapes of two leaves differ, an integer does not fit the dtype
+        of the old leaf, or a Python or NumPy period is out of range.
       TypeError: A leaf is not an array or a number, or is of a wider kind than the old one (bool < int <
-        float < complex), or a count is not an integer.
+        float < complex) or of an integer dtype that does not fit into it, or a count is not an integer.
 
     References:
       Mnih et al., "Human-level control through deep reinforcement learning", 2015.

@@ -59,10 +59,10 @@ class EMATarget(Target[P]):
         size 0.005 would soon get stuck, since small increments are rounded away.
       compensated: Whether to store the rounding error of each average, too, which takes as much memory
         again. Then the average is right to one unit in the last place, at any step size and after any
-        number of updates, for float32 values between 1e-30 / step size and 1e38: below, the rounding
-        errors are denormal numbers, which XLA may turn into zeros, and above, differences overflow. It
-        is worth the memory for float32 with step sizes below 1e-3. With a narrower `accumulator_dtype`, value and error together have twice the precision of that dtype: 16
-        bits for bfloat16.
+        number of updates. It is worth the memory for float32 with step sizes below 1e-3. This holds for
+        values between 1e-30 / step size and 1e38: below, the rounding errors are denormal numbers, which
+        XLA may turn into zeros, and above, differences overflow. With a narrower `accumulator_dtype`,
+        value and error together have twice the precision of that dtype: 16 bits for bfloat16.
       skip_nonfinite: Whether to skip an averaging if an inexact leaf of the online parameters holds inf
         or nan, or if an average would overflow in the dtype that it is stored in. Then the whole slow
         copy stays as it is, and `step` and `skipped` go up by one. The device decides, and the host does
