@@ -1,8 +1,9 @@
 """The base class of both targets: its state, its methods, and its registration as a pytree."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import attrs
@@ -25,7 +26,8 @@ class Target(Generic[P]):
     """A slow copy of a model's parameters and a counter of its updates."""
 
     _state: State  # each method reads it only once, since another thread may replace it
-    _lock: Lock = attrs.field(factory=Lock, init=False)  # held while the state is being replaced
+    # Held while the state is replaced. Reentrant, so that what interrupts an update may update.
+    _lock: AbstractContextManager[bool] = attrs.field(factory=RLock, init=False)
     _trace: trace.Trace = attrs.field(factory=trace.current_trace)  # where it may be changed in place
 
     def __init_subclass__(cls) -> None:
