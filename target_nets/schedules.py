@@ -33,10 +33,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from target_nets._src.checks import count_converter, number_converter
+from target_nets._src.state import Schedule
 
 __all__ = [
     "bias_corrected",
     "cosine",
+    "delayed",
     "gamma_of",
     "inverse_power",
     "power_function",
@@ -81,6 +83,47 @@ class cosine:
         left = jnp.maximum(self.total_steps - _float(n), 0) / self.total_steps
         # The same as with (cos + 1) / 2, which would lose its digits near 0.
         return self.base_step_size * jnp.sin(math.pi / 2 * left) ** 2
+
+
+def _number_or_schedule(then: float | Schedule) -> float | Schedule:
+    if not callable(then):
+        return number_converter("then", 0, 1)(then)
+    try:
+        hash(then)
+    except TypeError:
+        raise TypeError(f"then: a schedule must be hashable, got {then!r}") from None
+    return then
+
+
+@attrs.frozen
+class delayed:
+    """A full copy at each of the first `start` averagings, and then another step size or schedule.
+
+    Until then the slow copy equals the online parameters, so that evaluating it early shows no initial
+    values. The other schedule counts from 0 at the averaging after them. It is `update_after_step` of
+    timm, diffusers and ema-pytorch.
+
+    Args:
+      start: The number of averagings that copy, an integer from 1 to 2**31-1.
+      then: The step size after them: a number in [0, 1] or a schedule.
+
+    Raises:
+      TypeError, ValueError: An argument has the wrong type or is out of range.
+
+    Example:
+      >>> schedule = delayed(2, then=cosine(0.1, total_steps=2))
+      >>> [round(float(schedule(n)), 3) for n in range(5)]
+      [1.0, 1.0, 0.1, 0.05, 0.0]
+    """
+
+    start: int = attrs.field(converter=count_converter("start"))
+    then: float | Schedule = attrs.field(converter=_number_or_schedule)
+
+    def __call__(self, n: ArrayLike) -> jax.Array:
+        """Returns the step size of the averaging after n others."""
+        n = jnp.asarray(n)
+        then = self.then(jnp.maximum(n - self.start, 0)) if callable(self.then) else self.then
+        return jnp.where(n < self.start, 1.0, _float(then))
 
 
 @attrs.frozen

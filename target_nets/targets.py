@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import checks, construct, dtypes, placement, unwrap
+from target_nets._src import checks, construct, dtypes, placement, unwrap, views
 from target_nets._src.state import COPY_ALL, Count, Plan, Schedule, Settings, State, host_count
 from target_nets._src.target import Target, register_pytree
 
@@ -165,6 +165,23 @@ class EMATarget(Target[P]):
             plan = state.settings.plan._replace(step_size=static_step_size)
             settings = attrs.evolve(state.settings, plan=plan)
             self._state = state._replace(settings=settings, step_size=array_step_size)
+
+    def next_step_size(self) -> jax.Array:
+        """Returns the step size that the next averaging will use, for logging.
+
+        A resumed run that has lost its count shows here. A schedule is called with the number of
+        averagings so far.
+
+        Returns:
+          A scalar in [0, 1], float32 or wider, on the device. Of a population, an array.
+
+        Example:
+          >>> from target_nets import EMATarget, schedules
+          >>> target = EMATarget({"w": 0.0}, schedules.uniform()).update({"w": 1.0})
+          >>> target.next_step_size()
+          Array(0.5, dtype=float32)
+        """
+        return views.read_step_size(self._state)
 
     @property
     def skipped(self) -> Count:

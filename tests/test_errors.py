@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 from flax.serialization import from_bytes, to_bytes
 from helpers.comparisons import assert_same
 from helpers.targets import MAKERS, jitted_update, make_makers
@@ -273,7 +274,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mask of other structure": (
         lambda: EMATarget(PARAMS, 0.1, mask={"a": True}),
         ValueError,
-        "mask: .* prefix",
+        r"mask\['c'\]: expected list as in params, or a boolean, got nothing",
     ),
     "mask of numbers": (
         lambda: EMATarget(PARAMS, 0.1, mask={"a": 1, "c": 0}),
@@ -446,3 +447,100 @@ def test_a_donating_target_may_be_updated_with_its_own_parameters(make: Any) -> 
         params = target.params
         change({"w": params["w"], "b": jnp.ones(2)})
         np.testing.assert_array_equal(target.params["w"], np.ones(3))
+
+
+# For those who come from elsewhere
+
+FOREIGN = [
+    (EMATarget, {"decay": 0.995}, "EMATarget has no argument decay: write step_size=0.005"),
+    (EMATarget, {"beta": 0.9999}, "EMATarget has no argument beta: write step_size=0.0001"),
+    (EMATarget, {"momentum": 0.99}, "EMATarget has no argument momentum: write step_size=0.01"),
+    (EMATarget, {"polyak": 0.995}, "EMATarget has no argument polyak: write step_size=0.005"),
+    (EMATarget, {"decay": jnp.float32(0.9)}, "no argument decay: write step_size=1 - decay"),
+    (EMATarget, {"tau": 0.005}, "EMATarget has no argument tau: write step_size=0.005"),
+    (EMATarget, {"step_size": 0.1, "update_every": 10}, "update_every: write update_period=10"),
+    (
+        EMATarget,
+        {"step_size": 0.1, "update_after_step": 100},
+        r"write step_size=schedules.delayed\(100, ",
+    ),
+    (PeriodicTarget, {"period": 500}, "PeriodicTarget has no argument period: write update_period=500"),
+    (PeriodicTarget, {"interval": 500}, "no argument interval: write update_period=500"),
+    (PeriodicTarget, {"tau": 0.005}, r"no argument tau: write EMATarget\(params, step_size=0.005\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"), FOREIGN, ids=[str(case[1]) for case in FOREIGN]
+)
+def test_a_name_from_elsewhere_is_answered_with_the_line_to_write(
+    make: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(PARAMS, **arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        make(PARAMS, 1, colour=1)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.995, np.float32(0.99), 0.9999])
+def test_a_decay_in_place_of_a_step_size_warns(decay: Any) -> None:
+    target = EMATarget(PARAMS, 0.5)
+    for make in (lambda: EMATarget(PARAMS, decay), lambda: setattr(target, "step_size", decay)):
+        with pytest.warns(UserWarning, match="A decay of .* is step_size=0") as caught:
+            make()
+        assert caught[0].filename == __file__
+    for right in (0.89, 1, 1.0, jnp.float32(0.995)):
+        EMATarget(PARAMS, right)
+
+
+def test_several_differences_are_named() -> None:
+    slow = {name: jnp.ones(2) for name in "abcdef"}
+    target = PeriodicTarget(slow, 1)
+    renamed = {**slow, "bias": slow["b"]}
+    del renamed["b"]
+    message = r"\['b'\]: expected .* got nothing; .*\['bias'\]: expected nothing"
+    with pytest.raises(ValueError, match=message):
+        target.update(renamed)
+    with pytest.raises(ValueError, match=r"\['a'\].*\['b'\].*\['c'\].*; 12 differences in all"):
+        target.update({name.upper(): x for name, x in slow.items()})
+
+
+def test_frozen_dicts_say_how_to_thaw_them() -> None:
+    plain = {"w": {"b": jnp.ones(2)}}
+    for held, given, mend in (
+        (plain, freeze(plain), r"got FrozenDict \(call flax.core.unfreeze on it\)"),
+        (freeze(plain), plain, r"got dict \(call flax.core.freeze on it\)"),
+    ):
+        with pytest.raises(ValueError, match=mend):
+            PeriodicTarget(held, 1).update(given)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            {"a": True, "c": {"x": True}},
+            r"mask\['c'\]: expected list as in params, or a boolean, got dict",
+        ),
+        ({"a": {"w": True}, "c": False}, r"mask\['a'\]\['b'\]: expected .*, or a boolean, got nothing"),
+        ({"a": True, "c": False, "d": True}, r"mask\['d'\]: expected nothing .*, got bool"),
+        ({"a": True, "c": "no"}, r"mask\['c'\]: expected a boolean, got str"),
+    ],
+    ids=str,
+)
+def test_a_mask_that_is_no_prefix_is_named_by_path(mask: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        EMATarget(PARAMS, 0.5, mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["ema", "periodic"])
+def test_deleted_arrays_are_named(kind: str) -> None:
+    online, target = perturb({"w": jnp.ones(3)}), MAKERS[kind]({"w": jnp.ones(3)})
+    target.update(online)
+    jax.jit(lambda x: jax.tree.map(lambda y: y + 1, x), donate_argnums=0)(online)
+    for call in (target.update, target.sync, target.distance, lambda p: incremental_update(p, p, 0.5)):
+        with pytest.raises(RuntimeError, match=r"(params|tensors)\['w'\]: this array has been deleted"):
+            call(online)
+    jax.jit(lambda t: t.sync(perturb({"w": jnp.ones(3)})), donate_argnums=0)(target)
+    with pytest.raises(RuntimeError, match=r"the slow copy\['w'\]: this array has been deleted"):
+        target.sync({"w": jnp.ones(3)})

@@ -17,6 +17,8 @@ from target_nets import EMATarget, PeriodicTarget, schedules
 SCHEDULES: list[Any] = [
     schedules.bias_corrected(0.1),
     schedules.cosine(0.004, 100),
+    schedules.delayed(2, 0.1),
+    schedules.delayed(1, schedules.delayed(1, schedules.ramp(0.1))),
     schedules.inverse_power(power=0.7, min_step_size=0.1),
     schedules.power_function(sigma_rel=0.1),
     schedules.ramp(1 / 3),

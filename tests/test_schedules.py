@@ -53,6 +53,17 @@ FORMS: dict[str, tuple[Callable[[], Any], Callable[[np.ndarray], np.ndarray]]] =
         lambda: schedules.power_function(gamma=6.94),
         lambda n: np.where(n == 0, 1, -np.expm1(7.94 * np.log1p(-1 / np.maximum(n + 1, 2)))),
     ),
+    "delayed, number": (lambda: schedules.delayed(10, 0.005), lambda n: np.where(n < 10, 1, 0.005)),
+    "delayed, schedule": (
+        lambda: schedules.delayed(500, schedules.cosine(0.1, 500)),
+        lambda n: np.where(
+            n < 500, 1, 0.1 * np.sin(np.pi / 2 * (1000 - np.clip(n, 500, 1000)) / 500) ** 2
+        ),
+    ),
+    "delayed twice": (
+        lambda: schedules.delayed(5, schedules.delayed(5, schedules.uniform())),
+        lambda n: np.where(n < 10, 1, 1 / np.maximum(n - 9, 1)),
+    ),
     "power_function, 0": (lambda: schedules.power_function(gamma=0), lambda n: 1 / (n + 1)),
 }
 NS = np.array([0, 1, 2, 5, 9, 10, 99, 499, 999, 1000, 1001, 12_345, 10**6, 10**7, 2**24 + 1, 2**31 - 1])
@@ -285,3 +296,56 @@ def test_gamma_and_sigma_rel_are_inverse(gamma: float) -> None:
         schedules.power_function(sigma_rel=width).gamma, gamma, rtol=1e-6, atol=1e-6
     )
     np.testing.assert_allclose(schedules.sigma_rel_of(gamma), width)
+
+
+# A late start, as in other libraries (their formulas, written out; theirs count updates from 1)
+
+
+def timm(step: int, after: int, decay: float, warmup: bool) -> float:
+    """Returns the step size of timm's ModelEmaV3."""
+    k = max(0, step - after - 1)
+    if k == 0:
+        return 1.0
+    return 1 - (max(min(1 - (1 + k) ** (-2 / 3), decay), 0.0) if warmup else decay)
+
+
+def diffusers(step: int, after: int, decay: float) -> float:
+    """Returns the step size of diffusers' EMAModel with its warm-up."""
+    k = max(0, step - after - 1)
+    return 1.0 if k == 0 else 1 - max(min(1 - (1 + k) ** (-2 / 3), decay), 0.0)
+
+
+@pytest.mark.parametrize("after", [1, 5, 100])
+def test_delayed_is_the_late_start_of_timm_and_diffusers(after: int) -> None:
+    ours = {
+        "number": schedules.delayed(after + 1, 1e-3),
+        "warm-up": schedules.delayed(after, schedules.inverse_power(min_step_size=1e-3)),
+    }
+    for n in range(3 * after + 5):
+        np.testing.assert_allclose(ours["number"](n), timm(n + 1, after, 0.999, False), rtol=1e-6)
+        np.testing.assert_allclose(ours["warm-up"](n), timm(n + 1, after, 0.999, True), rtol=1e-6)
+        np.testing.assert_allclose(ours["warm-up"](n), diffusers(n + 1, after, 0.999), rtol=1e-6)
+
+
+def test_before_the_start_the_slow_copy_is_the_online_one() -> None:
+    target = EMATarget({"w": jnp.zeros(2)}, schedules.delayed(3, 0.5), update_period=2)
+    for step in range(1, 7):
+        target.update({"w": jnp.full(2, step)})
+        np.testing.assert_array_equal(target.params["w"], np.full(2, step - step % 2))
+    target.update({"w": jnp.full(2, 7.0)}).update({"w": jnp.full(2, 8.0)})
+    np.testing.assert_array_equal(target.params["w"], np.full(2, 7.0))
+
+
+@pytest.mark.parametrize(
+    ("start", "then", "error", "message"),
+    [
+        (0, 0.1, ValueError, "start: expected 1 to"),
+        (True, 0.1, TypeError, "start: expected an integer"),
+        (2, 1.5, ValueError, "then: expected a number in"),
+        (2, "0.1", TypeError, "then: expected a number"),
+        (2, None, TypeError, "then: expected a number"),
+    ],
+)
+def test_arguments_of_delayed(start: Any, then: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        schedules.delayed(start, then)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from helpers.comparisons import arrays, assert_close, assert_equal_values, assert_same
 from helpers.compilations import count_compilations
 from helpers.targets import INT32_MAX, MAKERS, UPDATES, at_step, harmonic, scan_updates
@@ -536,3 +536,55 @@ def test_the_step_size_of_a_population() -> None:
 def test_a_periodic_target_has_no_step_size() -> None:
     with pytest.raises(AttributeError):
         PeriodicTarget(START, 2).step_size = 0.5  # type: ignore[attr-defined]
+
+
+# What the next averaging will use
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_the_next_step_size_is_the_one_that_is_used(period: int) -> None:
+    bad = {"w": jnp.full(3, np.nan)}
+    for step_size in (0.25, jnp.float32(0.25), harmonic, schedules.inverse_power(), 1):
+        target = EMATarget(START, step_size, update_period=period, skip_nonfinite=True)
+        for k in range(7):
+            expected = target.next_step_size()
+            assert expected.shape == ()
+            jitted = jax.jit(lambda target: target.next_step_size())(target)
+            np.testing.assert_allclose(jitted, expected, rtol=1e-7)
+            before = target.params["w"]
+            for _ in range(period):
+                target.update(bad if k in (2, 3) else ONLINE)
+            if k in (2, 3):
+                assert target.next_step_size() == expected
+            else:
+                np.testing.assert_allclose(
+                    target.params["w"], before + expected * (1 - before), rtol=1e-6
+                )
+        saved = serialization.to_bytes(target)
+        fresh = EMATarget(START, step_size, update_period=period, skip_nonfinite=True)
+        resumed = serialization.from_bytes(fresh, saved)
+        assert resumed.next_step_size() == target.next_step_size()
+        assert target.update_period == period
+
+
+def test_the_next_step_size_of_a_population() -> None:
+    population = jax.vmap(lambda s: EMATarget(START, s))(jnp.array([0.1, 2.0, np.nan]))
+    np.testing.assert_allclose(population.next_step_size(), [0.1, 1.0, 0.0])
+    scheduled = jax.vmap(lambda _: EMATarget(START, harmonic))(jnp.arange(2))
+    np.testing.assert_allclose(scheduled.next_step_size(), [0.5, 0.5])
+    assert PeriodicTarget(START, 7).update_period == 7
+
+
+def test_reading_the_next_step_size_compiles_once() -> None:
+    target = EMATarget(START, schedules.uniform())
+    target.next_step_size()
+    with count_compilations() as messages:
+        for _ in range(3):
+            target.update(ONLINE).next_step_size()
+    assert not any("step_size" in message for message in messages)
+
+
+def test_repr_of_a_population_shows_the_parameters_of_one() -> None:
+    population = jax.vmap(lambda s: EMATarget(START, s))(jnp.array([0.1, 0.2, 0.3]))
+    assert "population=[3]" in repr(population)
+    assert "parameters=3, bytes=36" in repr(population)

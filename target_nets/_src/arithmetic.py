@@ -49,11 +49,15 @@ def order_ends(new: End, old: End, step_size: ArrayLike, dtype: DType) -> tuple[
     """
     if isinstance(step_size, float):
         rate = dtype.type(step_size)
-    else:  # a traced step size cannot raise: it is clipped, and nan counts as 0
-        rate = jnp.asarray(step_size).astype(dtype)
-        rate = jnp.where(rate > 0, jnp.minimum(rate, 1), 0)
+    else:
+        rate = clip_step_size(jnp.asarray(step_size).astype(dtype))
     is_low = rate <= 0.5
     return select(is_low, old, new), select(is_low, new, old), select(is_low, rate, 1 - rate)
+
+
+def clip_step_size(step_size: jax.Array) -> jax.Array:
+    """Returns a traced step size in [0, 1]. It cannot raise, so it is clipped, and nan counts as 0."""
+    return jnp.where(step_size > 0, jnp.minimum(step_size, 1), 0)
 
 
 def select(condition: jax.Array | np.bool_, x: End, y: End) -> End:

@@ -80,6 +80,31 @@ def check_accumulator_dtype(accumulator_dtype: DTypeLike | None) -> DType | None
     return dtype
 
 
+# What other libraries call the arguments, and how to write them here.
+_DECAYS = ("decay", "beta", "momentum", "ema_momentum", "polyak", "polyak_factor")
+_STEP_SIZES = ("tau", "rate", "alpha", "polyak_step_size")
+_PERIODS = ("period", "interval", "update_every", "update_interval", "update_freq", "every")
+
+
+def refuse_foreign_names(class_name: str, arguments: dict[str, Any]) -> None:
+    """Raises if an argument has the name that it has elsewhere, and says what to write."""
+    for name, value in arguments.items():
+        is_number = _is_number(value, int | float)
+        if name in _DECAYS:
+            line = f"step_size={1 - value:.10g}" if is_number else f"step_size=1 - {name}"
+        elif name in _STEP_SIZES:
+            line = f"step_size={value}"
+        elif name in _PERIODS:
+            line = f"update_period={value}"
+        elif name == "update_after_step":
+            line = f"step_size=schedules.delayed({value}, step_size)"
+        else:
+            continue
+        if class_name == "PeriodicTarget" and line.startswith("step_size"):
+            line = f"EMATarget(params, {line})"
+        raise TypeError(f"{class_name} has no argument {name}: write {line}")
+
+
 def number_converter(name: str, low: float, high: float) -> Callable[[float], float]:
     """Returns an attrs converter that takes real numbers in [low, high] and returns floats."""
 

@@ -1,5 +1,6 @@
 """How the constructors turn their arguments into the settings and the first state of a target."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -65,10 +66,11 @@ def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]
             raise TypeError(f"mask{keystr(path)}: expected a boolean, got {trees.describe(value)}")
         return [bool(value)] * jax.tree.structure(branch).num_leaves
 
-    try:
-        return tuple(jax.tree.leaves(tree_map_with_path(spread, unwrap_mask(mask, params), arrays)))
-    except ValueError as error:
-        raise ValueError(f"mask: expected a tree prefix of params; {error}") from None
+    mask = unwrap_mask(mask, params)
+    if (difference := trees.find_prefix_difference(mask, arrays)) is not None:
+        path, got, expected = difference
+        raise ValueError(f"mask{path}: expected {expected} as in params, or a boolean, got {got}")
+    return tuple(jax.tree.leaves(tree_map_with_path(spread, mask, arrays)))
 
 
 def parse_step_size(
@@ -90,6 +92,13 @@ def parse_step_size(
     if shape and isinstance(step_size, np.ndarray):
         step_size = jnp.asarray(step_size)
     checked = checks.check_step_size(step_size, shape)
+    if isinstance(checked, float) and 0.9 <= checked < 1:
+        warnings.warn(
+            f"step_size={checked:.10g} copies almost all of the online parameters at once. A decay of "
+            f"{checked:.10g} is step_size={1 - checked:.10g}; for a full copy use 1",
+            UserWarning,
+            stacklevel=3,
+        )
     if isinstance(step_size, jax.Array | np.ndarray):
         array = jnp.array(step_size)
         # It is made strongly typed, so that assigning another one compiles nothing.

@@ -40,15 +40,20 @@ def _to_bytes(name: str, schedules: Mapping[str, Callable[..., Schedule]], setti
             f"{name}: jax.export cannot write the nnx objects that the target was made from; make the "
             "target from nnx.to_pure_dict(nnx.state(model)), and update it with the model as before"
         )
-    step_size = settings.plan.step_size
-    if callable(step_size):
+
+    def write(step_size: Any) -> Any:
+        if not callable(step_size):
+            return step_size
         kind = type(step_size).__name__
         if schedules.get(kind) is not type(step_size):
             raise ValueError(
                 f"{name}: jax.export cannot write the step size {step_size!r}; use a number, an array, "
                 "or one of target_nets.schedules"
             )
-        step_size = {"schedule": kind, "arguments": attrs.asdict(step_size)}
+        arguments = attrs.asdict(step_size, recurse=False)
+        return {"schedule": kind, "arguments": {key: write(x) for key, x in arguments.items()}}
+
+    step_size = write(settings.plan.step_size)
     written = attrs.asdict(settings, recurse=False) | {
         "plan": {"averaged": settings.plan.averaged, "step_size": step_size},
         "param_dtypes": settings.param_dtypes
@@ -59,9 +64,14 @@ def _to_bytes(name: str, schedules: Mapping[str, Callable[..., Schedule]], setti
 
 def _from_bytes(schedules: Mapping[str, Callable[..., Schedule]], written: bytes) -> Settings:
     fields = json.loads(written)
-    averaged, step_size = fields["plan"]["averaged"], fields["plan"]["step_size"]
-    if isinstance(step_size, dict):
-        step_size = schedules[step_size["schedule"]](**step_size["arguments"])
+
+    def read(step_size: Any) -> Any:
+        if not isinstance(step_size, dict):
+            return step_size
+        arguments = {key: read(x) for key, x in step_size["arguments"].items()}
+        return schedules[step_size["schedule"]](**arguments)
+
+    averaged, step_size = fields["plan"]["averaged"], read(fields["plan"]["step_size"])
     dtypes = fields["param_dtypes"]
     return Settings(
         **fields

@@ -14,7 +14,9 @@ def summarize(name: str, state: State) -> str:
     """Returns class, step, settings, and the number of arrays, parameters and bytes."""
     settings = state.settings
     averaged, step_size = settings.plan.averaged, settings.plan.step_size
-    parts: dict[str, object] = {"step": state.step}
+    population = list(np.shape(state.step))
+    parts: dict[str, object] = {"population": population} if population else {}
+    parts["step"] = state.step
     if settings.skip_nonfinite:
         parts["skipped"] = state.skipped
     if averaged is not False:
@@ -28,7 +30,7 @@ def summarize(name: str, state: State) -> str:
     # While jax or nnx rebuild a tree, its leaves may be placeholders without a shape.
     if all(hasattr(x, "shape") and hasattr(x, "dtype") for x in arrays):
         parts["arrays"] = len(params)
-        parts["parameters"] = sum(math.prod(x.shape) for x in params)
+        parts["parameters"] = sum(math.prod(x.shape) for x in params) // math.prod(population)
         parts["bytes"] = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     return f"{name}({', '.join(f'{key}={_brief(value)}' for key, value in parts.items())})"
 

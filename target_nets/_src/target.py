@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
 from target_nets._src import summary, trace, update, views
+from target_nets._src.checks import refuse_foreign_names
 from target_nets._src.placement import copy_to_own_buffers, own_host_arrays, pin_constants, put_beside
 from target_nets._src.state import Count, Settings, State
 from target_nets._src.trees import PyTree
@@ -29,6 +30,11 @@ class Target(Generic[P]):
     # Held while the state is replaced. Reentrant, so that what interrupts an update may update.
     _lock: AbstractContextManager[bool] = attrs.field(factory=RLock, init=False)
     _trace: trace.Trace = attrs.field(factory=trace.current_trace)  # where it may be changed in place
+
+    def __new__(cls, *_: Any, **arguments: Any) -> Self:
+        """Helps those who come from another library with the names of the arguments."""
+        refuse_foreign_names(cls.__name__, arguments)
+        return super().__new__(cls)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -73,6 +79,11 @@ class Target(Generic[P]):
           array(2, dtype=int32)
         """
         return self._state.step
+
+    @property
+    def update_period(self) -> int:
+        """The number of updates from one averaging, or copy, to the next."""
+        return self._state.settings.update_period
 
     def update(self, online_params: P) -> Self:
         """Counts an update in place and, at every `update_period`-th one, changes the slow copy.

@@ -123,7 +123,7 @@ def _apply_to_leaves(
 ) -> tuple[SlowCopy, jax.Array | None]:
     pairs, treedef = trees.zip_leaves(online, slow.params, names)
     averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
-    rate = _step_size_now(plan, step_size, due_before, skipped)
+    rate = step_size_now(plan, step_size, due_before, skipped)
     # Compiled separately, so that all leaves of one shape and dtype share one trace.
     lerp = jax.jit(partial(arithmetic.lerp, step_size=rate))
     compensated_lerp = jax.jit(partial(arithmetic.compensated_lerp, step_size=rate))
@@ -170,7 +170,7 @@ _compiled_donating = jax.jit(
 )
 
 
-def _step_size_now(
+def step_size_now(
     plan: Plan, step_size: jax.Array | None, due_before: jax.Array, skipped: jax.Array | None
 ) -> ArrayLike:
     """Returns the step size of this averaging: an array, a number, or what the schedule returns."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
+from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from target_nets._src import dtypes
@@ -39,11 +41,7 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
     new_leaves, treedef = jax.tree.flatten(new)
     old_leaves, old_treedef = jax.tree.flatten(old)
     if treedef != old_treedef:
-        # A None may be intended (see `copy_nones`), so any other difference is reported first.
-        path, got, expected = min(
-            _differences(new, old, ()), key=lambda difference: difference[1] == "None"
-        )
-        raise ValueError(_mismatch(names, keystr(path), got, expected)) from None
+        raise ValueError(_describe_differences(new, old, names)) from None
     pairs = list(zip(new_leaves, old_leaves, strict=True))
     check_enabled(old, names.old)
     for index, (x, y) in enumerate(pairs):
@@ -51,6 +49,12 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
             check_arrays(old, names.old)
             raise error(_mismatch(names, leaf_path(new, index), describe(x), describe(y))) from None
     return pairs, treedef
+
+
+def find_prefix_difference(prefix: PyTree, tree: PyTree) -> tuple[str, str, str] | None:
+    """Returns where a tree is no prefix of another one: the key path, and what both hold there."""
+    found = next(_differences(prefix, tree, (), is_prefix=True), None)
+    return None if found is None else (keystr(found[0]), *found[1:])
 
 
 def call_naming_leaves(call: Callable[[], Result], new: PyTree, old: PyTree, names: Names) -> Result:
@@ -63,6 +67,19 @@ def call_naming_leaves(call: Callable[[], Result], new: PyTree, old: PyTree, nam
     except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot represent
         zip_leaves(new, old, names)
         raise
+    except (RuntimeError, ValueError):
+        _check_not_deleted(new, names.new)
+        _check_not_deleted(old, names.old)
+        raise
+
+
+def _check_not_deleted(tree: PyTree, name: str) -> None:
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+            raise RuntimeError(
+                f"{name}{leaf_path(tree, index)}: this array has been deleted, since it was donated to "
+                "a function; use what that function returned"
+            ) from None
 
 
 def jit_argument(tree: Tree) -> Tree:
@@ -186,13 +203,33 @@ def find_misfit(new: Leaf, old: Leaf) -> type[Exception] | None:
 # Where two trees differ
 
 
-def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[tuple[KeyPath, str, str]]:
-    """Yields key paths, with a description of what the new and the old tree hold there."""
-    if is_leaf(new) and is_leaf(old):
+def _describe_differences(new: PyTree, old: PyTree, names: Names) -> str:
+    # A None may be intended (see `copy_nones`), so any other difference is reported first.
+    differences = sorted(_differences(new, old, ()), key=lambda difference: difference[1] == "None")
+    texts = [_mismatch(names, keystr(path), got, expected) for path, got, expected in differences[:1]]
+    for path, got, expected in differences[1:3]:
+        texts.append(f"{names.new}{keystr(path)}: expected {expected}, got {got}")
+    more = [f"{len(differences)} differences in all"] if len(differences) > 3 else []
+    return "; ".join(texts + more)
+
+
+def _differences(
+    new: PyTree, old: PyTree, path: KeyPath, is_prefix: bool = False
+) -> Iterator[tuple[KeyPath, str, str]]:
+    """Yields key paths, with a description of what the new and the old tree hold there.
+
+    Args:
+      new: The new tree.
+      old: The old tree.
+      path: The key path of both.
+      is_prefix: Whether a leaf of the new tree may stand for a whole branch of the old one.
+    """
+    if is_leaf(new) and (is_leaf(old) or is_prefix):
         return
     (new_children, new_node), (old_children, old_node) = _children(new), _children(old)
     if type(new) is not type(old):
-        yield path, describe(new), describe(old)
+        mend = _MENDS.get((type(new), type(old)))
+        yield path, describe(new) + (f" (call {mend} on it)" if mend else ""), describe(old)
     elif new_children.keys() != old_children.keys():
         for key in old_children | new_children:
             if (key in new_children) != (key in old_children):
@@ -204,7 +241,11 @@ def _differences(new: PyTree, old: PyTree, path: KeyPath) -> Iterator[tuple[KeyP
         yield path, static, describe(old)
     else:
         for key in old_children:
-            yield from _differences(new_children[key], old_children[key], (*path, *key))
+            children = new_children[key], old_children[key]
+            yield from _differences(*children, (*path, *key), is_prefix=is_prefix)
+
+
+_MENDS = {(FrozenDict, dict): "flax.core.unfreeze", (dict, FrozenDict): "flax.core.freeze"}
 
 
 def _children(tree: PyTree) -> tuple[dict[KeyPath, PyTree], TreeDef]:

@@ -1,13 +1,21 @@
 """What a user reads of a slow copy: its parameters, and its distance from the online parameters."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from target_nets._src import arithmetic, dtypes, placement, trace, trees
-from target_nets._src.state import SlowCopy, State, check_is_one_target
+from target_nets._src.state import (
+    Plan,
+    SlowCopy,
+    State,
+    check_is_not_abstract,
+    check_is_one_target,
+)
+from target_nets._src.tree_rules import step_size_now
 from target_nets._src.trees import PyTree
 from target_nets._src.unwrap import fits_as_it_is, rewrap, unwrap
 from target_nets._src.update import NAMES
@@ -23,6 +31,14 @@ def read_params(state: State) -> PyTree:
     return rewrap(params, state.settings.nnx_objects)
 
 
+def read_step_size(state: State) -> jax.Array:
+    """Returns the step size of the next averaging, for each member of a population."""
+    check_is_not_abstract(state, "next_step_size")
+    plan, period = state.settings.plan, state.settings.update_period
+    counts: Any = state.step, state.skipped  # which jit takes from the host, too
+    return _next_step_size(*counts, state.step_size, plan, period)
+
+
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
@@ -33,6 +49,19 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
     return trees.call_naming_leaves(
         lambda: _distance(trees.jit_argument(online), state.slow), online, state.params, NAMES
     )
+
+
+@partial(jax.jit, static_argnames=("plan", "period"))
+def _next_step_size(
+    step: jax.Array, skipped: jax.Array | None, step_size: jax.Array | None, plan: Plan, period: int
+) -> jax.Array:
+    def now(step: jax.Array, skipped: jax.Array | None, step_size: jax.Array | None) -> jax.Array:
+        rate = step_size_now(plan, step_size, step // period, skipped)
+        return arithmetic.clip_step_size(jnp.asarray(rate, float))
+
+    for _ in step.shape:  # of a population
+        now = jax.vmap(now)
+    return now(step, skipped, step_size)
 
 
 @partial(jax.jit, static_argnames="param_dtypes")
