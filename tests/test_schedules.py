@@ -60,7 +60,7 @@ FORMS: dict[str, tuple[Callable[[], Any], Callable[[np.ndarray], np.ndarray]]] =
             n < 500, 1, 0.1 * np.sin(np.pi / 2 * (1000 - np.clip(n, 500, 1000)) / 500) ** 2
         ),
     ),
-    "delayed twice": (
+    "delayed, twice": (
         lambda: schedules.delayed(5, schedules.delayed(5, schedules.uniform())),
         lambda n: np.where(n < 10, 1, 1 / np.maximum(n - 9, 1)),
     ),

@@ -89,7 +89,8 @@ def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
     pairs, _ = trees.zip_leaves(online, slow.params, NAMES)
     leaves = zip(pairs, slow.errors(), strict=True)
     inexact = [(*pair, error) for pair, error in leaves if dtypes.is_inexact(pair[1].dtype)]
-    dtype = jnp.result_type(jnp.float32, *(dtypes.real_dtype(old.dtype) for _, old, _ in inexact))
+    wide = [dtypes.arithmetic_dtype(new.dtype, old.dtype) for new, old, _ in inexact]
+    dtype = max(map(dtypes.real_dtype, wide), key=lambda dtype: dtype.itemsize, default=jnp.dtype("f4"))
     limit = jnp.finfo(dtype).maxexp  # 128 for float32
 
     def norm_at(scale: jax.Array) -> jax.Array:
