@@ -85,7 +85,7 @@ def test_the_classes_of_torch_in_the_readme_give_the_same_averages() -> None:
     names, torch = torch_makers(), pytest.importorskip("torch")
     theirs = r"`((?:AveragedModel|ModelEmaV3|EMA|EMAModel)\(.*?\))`"
     rows = re.findall(rf"^\| .*?{theirs}.*? \| `(.*?\))`(.*)", README, re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) == 10
     online = np.random.default_rng(0).normal(1, 0.1, (300, 3)).astype(np.float32)
     for theirs, ours, note in rows:
         model = torch.nn.Linear(3, 1, bias=False)
@@ -102,7 +102,8 @@ def test_the_classes_of_torch_in_the_readme_give_the_same_averages() -> None:
             elif theirs.startswith("EMA("):
                 slow.update()
             else:
-                slow.update(model, **({"step": n + 1} if "use_warmup" in theirs else {}))
+                counted = "use_warmup" in theirs or "update_after_step" in theirs
+                slow.update(model, **({"step": n + 1} if counted else {}))
             if "target.sync" in note and n == 0:
                 target.sync(x)
             elif late is None or n >= int(late[1]):
