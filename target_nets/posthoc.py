@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from target_nets import schedules
-from target_nets._src import arithmetic, dtypes, placement, trees
+from target_nets._src import arithmetic, differences, dtypes, leaves, placement, trees
 
 __all__ = ["reconstruct", "solve_weights"]
 
@@ -149,7 +149,7 @@ def reconstruct(
     stored: list[Any] = list(snapshots)
     for index, snapshot in enumerate(stored):
         if not isinstance(snapshot, tuple) or len(snapshot) != 3:
-            got = trees.describe(snapshot)
+            got = leaves.describe(snapshot)
             raise TypeError(f"snapshots[{index}]: expected a tuple (step, gamma, params), got {got}")
     steps, gammas = _check_profiles([x[0] for x in stored], [x[1] for x in stored])
     end = _check_end("step", steps.max() if step is None else step, steps)
@@ -187,13 +187,13 @@ class _WeightedSum:
     def add(self, weight: float, params: Any, index: int, *, is_nearest: bool) -> None:
         """Adds the parameters of a snapshot, which may be a function that loads them."""
         # A module may be callable, too. It is a node, and a function is a leaf.
-        tree = params() if callable(params) and trees.is_leaf(params) else params
+        tree = params() if callable(params) and leaves.is_leaf(params) else params
         if self.template is None:
             trees.check_arrays(tree, f"snapshots[{index}]")
             self.template = jax.tree.map(_without_memory, tree)
             self.shardings = [placement.sharding_of(x) for x in jax.tree.leaves(tree)]
             self.sums = [0.0] * len(self.shardings)
-        names = trees.Names(f"snapshots[{index}]", "snapshots[0]")
+        names = differences.Names(f"snapshots[{index}]", "snapshots[0]")
         for i, (x, like) in enumerate(trees.zip_leaves(tree, self.template, names)[0]):
             if dtypes.is_inexact(like.dtype):
                 wide = np.result_type(like.dtype, np.float64)
@@ -213,7 +213,7 @@ class _WeightedSum:
 
 def _without_memory(x: Any) -> Any:
     """Returns a placeholder with the shape and dtype of a leaf. A PRNG key is small and stays."""
-    known = trees.array_type(x)
+    known = leaves.array_type(x)
     return x if dtypes.is_key(known.dtype) else np.broadcast_to(np.zeros((), known.dtype), known.shape)
 
 

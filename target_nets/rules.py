@@ -10,8 +10,8 @@ among the new tensors are read.
 from jax.typing import ArrayLike
 
 from target_nets._src import checks, tree_rules, trees
+from target_nets._src.leaves import PyTree, Tree
 from target_nets._src.state import AVERAGE_ALL, COPY_ALL
-from target_nets._src.trees import PyTree, Tree
 
 __all__ = ["apply_updates", "incremental_update", "periodic_update"]
 

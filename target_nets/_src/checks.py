@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from target_nets._src.dtypes import DType, Kind, is_enabled, kind_of
-from target_nets._src.trees import Leaf, array_type, describe
+from target_nets._src.leaves import Leaf, array_type, describe
 
 INT32_MAX = 2**31 - 1
 

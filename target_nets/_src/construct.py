@@ -10,9 +10,9 @@ import numpy as np
 from jax.tree_util import keystr, tree_map_with_path
 from jax.typing import ArrayLike
 
-from target_nets._src import checks, dtypes, placement, trees
+from target_nets._src import checks, differences, dtypes, leaves, placement, trees
+from target_nets._src.leaves import PyTree, Tree
 from target_nets._src.state import Schedule
-from target_nets._src.trees import PyTree, Tree
 from target_nets._src.unwrap import is_nnx_object, unwrap_mask
 
 # A tree prefix of booleans, a callable of the parameters that returns one, or None.
@@ -22,7 +22,7 @@ Mask: TypeAlias = Any
 def leaf_dtypes(params: PyTree) -> list[dtypes.DType]:
     """Returns the dtypes that the parameters have as jax arrays, or raises if a leaf is not one."""
     trees.check_arrays(params, "params")
-    return [trees.array_type(x).dtype for x in jax.tree.leaves(params)]
+    return [leaves.array_type(x).dtype for x in jax.tree.leaves(params)]
 
 
 def first_slow_copy(params: Tree, stored_dtypes: Sequence[dtypes.DType]) -> Tree:
@@ -58,16 +58,16 @@ def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]
     """Returns whether to average each leaf of `arrays`, which are those of `params`."""
     if mask is None:
         mask = True
-    elif callable(mask) and trees.is_leaf(mask) and not is_nnx_object(mask):  # not a tree of booleans
+    elif callable(mask) and leaves.is_leaf(mask) and not is_nnx_object(mask):  # not a tree of booleans
         mask = mask(params)
 
-    def spread(path: trees.KeyPath, value: object, branch: PyTree) -> list[bool]:
+    def spread(path: leaves.KeyPath, value: object, branch: PyTree) -> list[bool]:
         if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"mask{keystr(path)}: expected a boolean, got {trees.describe(value)}")
+            raise TypeError(f"mask{keystr(path)}: expected a boolean, got {leaves.describe(value)}")
         return [bool(value)] * jax.tree.structure(branch).num_leaves
 
     mask = unwrap_mask(mask, params)
-    if (difference := trees.find_prefix_difference(mask, arrays)) is not None:
+    if (difference := differences.find_prefix_difference(mask, arrays)) is not None:
         path, got, expected = difference
         raise ValueError(f"mask{path}: expected {expected} as in params, or a boolean, got {got}")
     return tuple(jax.tree.leaves(tree_map_with_path(spread, mask, arrays)))

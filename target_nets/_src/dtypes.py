@@ -14,7 +14,7 @@ DType: TypeAlias = np.dtype[Any]
 class Kind(enum.IntEnum):
     """The kinds of leaves. A leaf may take the value of a leaf of the same kind or of a narrower one.
 
-    KEY is the last one, so that no number takes the value of a PRNG key. `trees.find_misfit` makes sure
+    KEY is the last one, so that no number takes the value of a PRNG key. `leaves.find_misfit` makes sure
     that no key takes the value of a number.
     """
 

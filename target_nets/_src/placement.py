@@ -20,7 +20,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from target_nets._src import trace
-from target_nets._src.trees import Leaf, PyTree, Tree, jit_argument
+from target_nets._src.leaves import Leaf, PyTree, Tree
+from target_nets._src.trees import jit_argument
 from target_nets._src.unwrap import unwrap
 
 Shardings: TypeAlias = tuple[NamedSharding | None, ...] | None

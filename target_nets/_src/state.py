@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from target_nets._src.checks import INT32_MAX, bool_converter, count_converter
 from target_nets._src.dtypes import DType
-from target_nets._src.trees import PyTree
+from target_nets._src.leaves import PyTree
 from target_nets._src.unwrap import NnxObjects
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]

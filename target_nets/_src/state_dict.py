@@ -9,11 +9,12 @@ from flax import serialization
 from jax.core import Tracer
 
 from target_nets._src.checks import INT32_MAX
+from target_nets._src.differences import named_children
 from target_nets._src.dtypes import Kind, holds, is_key, kind_of
+from target_nets._src.leaves import Leaf, PyTree, describe, is_leaf
 from target_nets._src.placement import copy_to_own_buffers, sharding_of
 from target_nets._src.state import State
 from target_nets._src.target import AnyTarget, Target, make_target
-from target_nets._src.trees import Leaf, PyTree, describe, is_leaf, named_children
 from target_nets._src.unwrap import NnxObjects, rewrap, unwrap
 
 # A step size is a setting, so an array step size is not saved either.

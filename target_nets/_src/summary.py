@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from target_nets._src.leaves import describe
 from target_nets._src.state import State
-from target_nets._src.trees import describe
 
 
 def summarize(name: str, state: State) -> str:

@@ -15,9 +15,9 @@ from jax.tree_util import GetAttrKey
 
 from target_nets._src import summary, trace, update, views
 from target_nets._src.checks import refuse_foreign_names
+from target_nets._src.leaves import PyTree
 from target_nets._src.placement import copy_to_own_buffers, own_host_arrays, pin_constants, put_beside
 from target_nets._src.state import Count, Settings, State
-from target_nets._src.trees import PyTree
 
 P = TypeVar("P")
 

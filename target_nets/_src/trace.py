@@ -13,7 +13,7 @@ from typing import TypeAlias
 import jax
 from jax.core import Tracer
 
-from target_nets._src.trees import PyTree
+from target_nets._src.leaves import PyTree
 
 # jax has no public type for it. Two of them are equal if the same transformation is running.
 Trace: TypeAlias = object

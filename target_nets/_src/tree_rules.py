@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from target_nets._src import arithmetic, checks, dtypes, placement, trees
+from target_nets._src import arithmetic, checks, dtypes, leaves, placement, trees
+from target_nets._src.differences import Names
+from target_nets._src.leaves import PyTree, Tree
 from target_nets._src.placement import Shardings
 from target_nets._src.state import COPY_ALL, Count, Plan, SlowCopy, next_count
-from target_nets._src.trees import Names, PyTree, Tree
 from target_nets._src.unwrap import find_nnx_objects, rewrap, unwrap_pair
 
 TENSOR_NAMES = Names("new_tensors", "old_tensors")
@@ -198,5 +199,5 @@ def _add(updates: PyTree, params: PyTree) -> PyTree:
     pairs, treedef = trees.zip_leaves(updates, params, UPDATE_NAMES)
     for index, (_, param) in enumerate(pairs):
         if dtypes.is_key(param.dtype):
-            raise TypeError(f"updates{trees.leaf_path(updates, index)}: a PRNG key takes no update")
+            raise TypeError(f"updates{leaves.leaf_path(updates, index)}: a PRNG key takes no update")
     return treedef.unflatten([arithmetic.add(update, param) for update, param in pairs])

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from target_nets._src.trees import KeyPath, Leaf, PyTree, Tree, TreeDef
+from target_nets._src.leaves import KeyPath, Leaf, PyTree, Tree, TreeDef
 
 # Containers and leaves that need no closer look.
 _PLAIN = dict, list, tuple, type(None), jax.Array, np.ndarray, int, float, complex

@@ -6,7 +6,8 @@ import jax
 from jax import lax
 from jax.core import Tracer
 
-from target_nets._src import placement, trace, trees
+from target_nets._src import differences, placement, trace, trees
+from target_nets._src.leaves import PyTree
 from target_nets._src.state import (
     COPY_ALL,
     Count,
@@ -19,10 +20,9 @@ from target_nets._src.state import (
     next_count,
 )
 from target_nets._src.tree_rules import apply_plan
-from target_nets._src.trees import PyTree
 from target_nets._src.unwrap import fits_as_it_is, unwrap
 
-NAMES = trees.Names("online_params", "the slow copy")
+NAMES = differences.Names("online_params", "the slow copy")
 
 
 def advance(state: State, online: PyTree, *, donate: bool) -> State:

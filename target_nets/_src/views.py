@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from target_nets._src import arithmetic, dtypes, placement, trace, trees
+from target_nets._src.leaves import PyTree
 from target_nets._src.state import (
     Plan,
     SlowCopy,
@@ -16,7 +17,6 @@ from target_nets._src.state import (
     check_is_one_target,
 )
 from target_nets._src.tree_rules import step_size_now
-from target_nets._src.trees import PyTree
 from target_nets._src.unwrap import fits_as_it_is, rewrap, unwrap
 from target_nets._src.update import NAMES
 
