@@ -82,7 +82,13 @@ class Target(Generic[P]):
 
     @property
     def update_period(self) -> int:
-        """The number of updates from one averaging, or copy, to the next."""
+        """The number of updates from one averaging, or copy, to the next.
+
+        Example:
+          >>> from target_nets import PeriodicTarget
+          >>> PeriodicTarget({"w": 0.0}, update_period=100).update_period
+          100
+        """
         return self._state.settings.update_period
 
     def update(self, online_params: P) -> Self:
