@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -419,6 +420,20 @@ def test_the_template_decides_the_placement() -> None:
     for template in (target, abstract):
         assert through_bytes(target, template).params["w"].sharding == sharding
     assert not through_bytes(target, target).params["b"].committed  # jax may still choose
+
+
+def test_what_orbax_restores_without_a_template_is_a_state_dict(tmp_path: Path) -> None:
+    params = {"w": jnp.ones(3), "layers": [jnp.zeros(2), {"b": jnp.ones(1)}]}
+    target = EMATarget(params, 0.5).update(perturb(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"target": target})
+        checkpointer.wait_until_finished()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Orbax says that it takes the shardings from the file
+            saved = checkpointer.restore(tmp_path / "state")["target"]
+    assert_same(serialization.from_state_dict(EMATarget(params, 0.5), saved).params, target.params)
+    with pytest.raises(ValueError, match=r"params/w: expected float32\[5\], .* got float32\[3\]"):
+        serialization.from_state_dict(EMATarget({**params, "w": jnp.ones(5)}, 0.5), saved)
 
 
 def test_a_target_among_the_tracked_parameters() -> None:

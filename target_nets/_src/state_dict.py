@@ -106,6 +106,8 @@ def _restore_tree(template: PyTree, saved: Any, path: str, nnx_objects: NnxObjec
 def _restore_leaves(indices: PyTree, leaves: list[Any], saved: Any, path: str) -> None:
     """Replaces the leaves of the template by the saved ones."""
     if isinstance(indices, dict):
+        if isinstance(saved, list):  # Orbax keeps lists, and flax.serialization does not
+            saved = {str(index): child for index, child in enumerate(saved)}
         _check_keys(indices, saved, path)
         for key, child in indices.items():
             _restore_leaves(child, leaves, saved[key], f"{path}/{key}")
