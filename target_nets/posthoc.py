@@ -190,6 +190,7 @@ class _WeightedSum:
         tree = params() if callable(params) and leaves.is_leaf(params) else params
         if self.template is None:
             trees.check_arrays(tree, f"snapshots[{index}]")
+            trees.check_wide_integers(tree, f"snapshots[{index}]")
             self.template = jax.tree.map(_without_memory, tree)
             self.shardings = [placement.sharding_of(x) for x in jax.tree.leaves(tree)]
             self.sums = [0.0] * len(self.shardings)

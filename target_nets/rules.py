@@ -125,6 +125,8 @@ def periodic_update(
     steps = checks.check_integer("steps", steps)
     update_period = checks.check_count("update_period", update_period)
     if not (isinstance(steps, int) and isinstance(update_period, int)):
+        if isinstance(steps, int) and abs(steps) > checks.INT32_MAX:
+            raise ValueError(f"steps: expected at most 2**31-1 beside a jax.Array, got {steps}")
         return tree_rules.copy_if_due(new_tensors, old_tensors, steps, update_period)
     if steps % update_period == 0:
         return tree_rules.apply_plan_to_tensors(COPY_ALL, new_tensors, old_tensors)

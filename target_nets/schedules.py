@@ -24,7 +24,7 @@ Example:
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import jax
@@ -49,7 +49,8 @@ __all__ = [
 
 
 def _float(n: ArrayLike) -> jax.Array:
-    return jnp.asarray(n).astype(float)
+    # jnp.asarray would keep the lower 32 bits of an integer on the host.
+    return n.astype(float) if isinstance(n, jax.Array) else jnp.asarray(np.asarray(n, np.float64), float)
 
 
 @attrs.frozen
@@ -121,9 +122,9 @@ class delayed:
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """Returns the step size of the averaging after n others."""
-        n = jnp.asarray(n)
-        then = self.then(jnp.maximum(n - self.start, 0)) if callable(self.then) else self.then
-        return jnp.where(n < self.start, 1.0, _float(then))
+        count: Any = n if isinstance(n, jax.Array) else np.asarray(n)  # NumPy keeps 64 bits
+        then = self.then((count - self.start).clip(0)) if callable(self.then) else self.then
+        return jnp.where(count < self.start, 1.0, _float(then))
 
 
 @attrs.frozen

@@ -185,3 +185,20 @@ def test_repr_of_every_tree_is_one_line(tree: Any) -> None:
     for target in (EMATarget(tree, optax.linear_schedule(0.5, 0, 10)), PeriodicTarget(tree, 2)):
         assert "\n" not in repr(target)
         assert "bytes=" in repr(target)
+
+
+def test_a_read_only_view_of_writable_memory_is_copied() -> None:
+    leaves, treedef = jax.tree.flatten(EMATarget(START, 0.5))
+    mine = [np.array(x) for x in leaves]
+    target = treedef.unflatten([np.broadcast_to(x, x.shape) for x in mine])
+    before = bits(target)
+    for x in mine:
+        x[...] = 7
+    assert bits(target) == before
+
+
+def test_donating_the_old_target_leaves_the_step_size_of_the_updated_one() -> None:
+    old = EMATarget(START, jnp.float32(0.5))
+    new = old.updated(START)
+    jax.jit(lambda target: target.update(START), donate_argnums=0)(old)
+    assert new.update(START).step_size == 0.5

@@ -408,3 +408,36 @@ def test_integers_that_fit_keep_their_values(rule: str) -> None:
         got = INTEGER_RULES[rule]({"n": new}, {"n": old})["n"]
         assert got.dtype == jnp.asarray(old).dtype
         np.testing.assert_array_equal(got, np.asarray(new))
+
+
+@pytest.mark.parametrize("rule", INTEGER_RULES)
+def test_integers_of_64_bits_keep_their_values_as_floats(rule: str) -> None:
+    for new, old in (
+        (np.int64(2**40), jnp.float32(0)),
+        (np.array([2**31, -(2**31) - 2**9]), jnp.zeros(2)),
+        (np.array([2**63], np.uint64), jnp.zeros(1, jnp.complex64)),
+    ):
+        got = INTEGER_RULES[rule]({"n": new}, {"n": old})["n"]
+        if rule in ("apply_updates", "sync"):
+            np.testing.assert_array_equal(got, np.asarray(new).astype(np.float32))
+        elif rule in ("incremental_update", "EMATarget"):
+            np.testing.assert_array_equal(got, np.asarray(new).astype(np.float32) / 2)
+    distance = EMATarget({"n": jnp.float32(0)}, 0.5).distance({"n": np.int64(2**40)})
+    assert distance == 2.0**40
+
+
+def test_integers_that_need_64_bits_are_refused_where_a_tree_begins() -> None:
+    wide, small = {"n": np.array([2**40, 1])}, {"n": np.array([1, 1])}
+    for call in (
+        lambda: EMATarget(wide, 0.5),
+        lambda: PeriodicTarget(wide, 2),
+        lambda: incremental_update(small, wide, 0.5),
+        lambda: periodic_update(small, wide, 1, 2),
+        lambda: apply_updates(wide, small),
+    ):
+        with pytest.raises(ValueError, match=r"\['n'\]: 1 to 1099511627776 needs jax_enable_x64"):
+            call()
+    with pytest.raises(ValueError, match=r"online_params\['n'\]: expected values of int32"):
+        EMATarget(small, 0.5).distance(wide)
+    with pytest.raises(ValueError, match=r"steps: expected at most 2\*\*31-1"):
+        periodic_update(small, small, 2**40, jnp.int32(2))

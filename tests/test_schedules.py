@@ -349,3 +349,13 @@ def test_before_the_start_the_slow_copy_is_the_online_one() -> None:
 def test_arguments_of_delayed(start: Any, then: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         schedules.delayed(start, then)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(FORMS.keys() - {"cosine, long"})
+)  # whose formula ends at 2**31-1
+def test_integers_of_64_bits_on_the_host(name: str) -> None:
+    make, form = FORMS[name]
+    for n in (2**31, np.int64(2**40), np.array([2**31, 2**33])):
+        expected = form(np.asarray(n, np.float64))
+        np.testing.assert_allclose(make()(n), np.maximum(expected, 0), rtol=1e-5, atol=1e-12)

@@ -200,3 +200,11 @@ def test_a_copied_value_that_would_overflow_is_skipped() -> None:
         target.update({"w": jnp.array([1e300, 0.0])})
         assert target.skipped == 1
         np.testing.assert_array_equal(target.params["w"], np.ones(2))
+
+
+@pytest.mark.parametrize("accumulator", ["float16", "float8_e5m2", "float8_e4m3fn"])
+def test_an_integer_that_overflows_is_skipped(accumulator: str) -> None:
+    target = EMATarget({"w": jnp.ones(2)}, 0.5, accumulator_dtype=accumulator, skip_nonfinite=True)
+    target.update({"w": jnp.array([2**20, 1])})
+    assert target.skipped == 1
+    np.testing.assert_array_equal(target.params["w"], np.ones(2))

@@ -114,7 +114,7 @@ def test_a_population_of_targets_with_their_own_step_sizes() -> None:
     assert "step=int32[3]" in repr(targets)
     for method in (targets.update, targets.distance):
         with pytest.raises(
-            ValueError, match=r"population, its step of shape \[3\]; call it inside jax.vmap"
+            ValueError, match=r"this target is a population, of shape \[3\]; call it inside jax.vmap"
         ):
             method(ONLINE)
     one = jax.tree.map(lambda x: x[1], targets)

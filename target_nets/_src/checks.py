@@ -73,7 +73,7 @@ def check_accumulator_dtype(accumulator_dtype: DTypeLike | None) -> DType | None
         dtype = jnp.dtype(accumulator_dtype)
     except TypeError:
         raise TypeError(f"accumulator_dtype: expected a dtype, got {accumulator_dtype!r}") from None
-    if kind_of(dtype) != Kind.FLOAT:
+    if kind_of(dtype) != Kind.FLOAT or dtype.itemsize > 8:
         raise TypeError(f"accumulator_dtype: expected a floating dtype, got {dtype}")
     if not is_enabled(dtype):
         raise ValueError(f"accumulator_dtype: {dtype} needs jax_enable_x64")

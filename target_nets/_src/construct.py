@@ -22,6 +22,7 @@ Mask: TypeAlias = Any
 def leaf_dtypes(params: PyTree) -> list[dtypes.DType]:
     """Returns the dtypes that the parameters have as jax arrays, or raises if a leaf is not one."""
     trees.check_arrays(params, "params")
+    trees.check_wide_integers(params, "params")
     return [leaves.array_type(x).dtype for x in jax.tree.leaves(params)]
 
 

@@ -62,9 +62,11 @@ def holds(dtype: DType, other: DType) -> bool:
 
 
 def may_overflow(new: DType, old: DType) -> bool:
-    """Whether an inexact leaf of one dtype has finite values that another one does not have."""
-    is_real = is_inexact(new) and is_inexact(old)
-    return is_real and bool(jnp.finfo(new).max > jnp.finfo(old).max)
+    """Whether a new leaf may have finite values that are beyond the range of an inexact old one."""
+    if not is_inexact(old) or kind_of(new) in (Kind.BOOL, Kind.KEY):
+        return False
+    largest = jnp.iinfo(new).max if kind_of(new) == Kind.INTEGER else jnp.finfo(new).max
+    return bool(float(largest) > float(jnp.finfo(old).max))
 
 
 def is_enabled(dtype: DType) -> bool:

@@ -67,7 +67,8 @@ def own_host_arrays(tree: Tree) -> Tree:
     """Returns the tree with read-only copies of those NumPy arrays that somebody could write to."""
 
     def own(x: Leaf) -> Leaf:
-        if not isinstance(x, np.ndarray) or not x.flags.writeable:
+        # A read-only view may be one of an array that somebody can write to.
+        if not isinstance(x, np.ndarray) or (x.base is None and not x.flags.writeable):
             return x
         x = x.copy()
         x.setflags(write=False)

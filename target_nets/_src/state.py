@@ -136,7 +136,9 @@ def check_is_one_target(state: State, method: str) -> None:
     check_is_not_abstract(state, method)
     if np.ndim(state.step):
         shape = list(np.shape(state.step))
-        raise ValueError(f"{method}: a population, its step of shape {shape}; call it inside jax.vmap")
+        raise ValueError(
+            f"{method}: this target is a population, of shape {shape}; call it inside jax.vmap"
+        )
 
 
 # Counters, int32 scalars that do not overflow

@@ -159,6 +159,8 @@ class Target(Generic[P]):
             # No averaging was due, so both targets hold the same arrays. If one target donated them
             # later, the other would lose them.
             new = new._replace(**copy_to_own_buffers(new.slow)._asdict())
+        if isinstance(new.step_size, jax.Array) and not isinstance(new.step_size, Tracer):
+            new = new._replace(step_size=copy_to_own_buffers(new.step_size))
         return make_target(type(self), new)
 
     def sync(self, online_params: P) -> Self:

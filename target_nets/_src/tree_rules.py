@@ -90,6 +90,7 @@ def check_tensors(new: PyTree, old: PyTree) -> None:
 def _unwrap(new: PyTree, old: PyTree, names: Names) -> tuple[PyTree, PyTree]:
     new_arrays, old_arrays = unwrap_pair(new, old)
     if new_arrays is not new:  # jax arrays, the usual case, come back as they are
+        trees.check_wide_integers(old_arrays, names.old)
         new_arrays = trees.fit_integers(new_arrays, old_arrays, names)
     return new_arrays, old_arrays
 

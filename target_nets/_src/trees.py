@@ -86,37 +86,48 @@ def check_enabled(old: PyTree, name: str) -> None:
         dtype = getattr(leaf, "dtype", None)
         if isinstance(leaf, jax.Array) and dtype is not None and not dtypes.is_enabled(dtype):
             raise ValueError(
-                f"{name}{leaf_path(old, index)}: {dtype} was made with jax_enable_x64, which is off here"
+                f"{name}{leaf_path(old, index)}: {dtype} was made with jax_enable_x64, which is off "
+                "here: switch it on, or make this anew"
             )
 
 
 def fit_integers(new: Tree, old: PyTree, names: Names) -> Tree:
-    """Returns the new tree with Python integers in the dtypes of the old leaves.
+    """Returns the new tree with integers on the host in dtypes in which jax keeps their values.
 
-    A jax array shows in its dtype what it may hold. Of Python and NumPy integers jax would keep the
-    lower bits, so here they are checked by their values.
+    A jax array shows in its dtype what it may hold. Of Python's integers, and of NumPy's with 64 bits,
+    jax would keep the lower bits. So those for integer leaves are checked by their values, and those for
+    inexact leaves become floats.
     """
     if jax.tree.structure(new) != jax.tree.structure(old):
         return new  # `zip_leaves` will say where they differ
     leaves, treedef = jax.tree.flatten(new)
     for index, (x, y) in enumerate(zip(leaves, jax.tree.leaves(old), strict=True)):
         is_number = isinstance(x, int) and not isinstance(x, bool)
-        is_wide = (
-            isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "iu" and x.dtype.itemsize == 8
-        )
+        is_array = isinstance(x, np.ndarray | np.generic)
+        is_wide = is_array and x.dtype.kind in "iu" and not dtypes.is_enabled(x.dtype)
         known = array_type(y)
-        if (
-            known is None
-            or dtypes.kind_of(known.dtype) != dtypes.Kind.INTEGER
-            or not (is_number or is_wide)
-        ):
+        if known is None or not (is_number or is_wide):
             continue
-        info = jnp.iinfo(known.dtype)
-        if np.size(x) and not (info.min <= np.min(x) and np.max(x) <= info.max):
-            raise ValueError(mismatch(names, leaf_path(new, index), str(x), f"values of {known.dtype}"))
-        if is_number:
-            leaves[index] = np.asarray(x, known.dtype)
+        if dtypes.kind_of(known.dtype) == dtypes.Kind.INTEGER:
+            info = jnp.iinfo(known.dtype)
+            if np.size(x) and not (info.min <= np.min(x) and np.max(x) <= info.max):
+                what = f"values of {known.dtype}"
+                raise ValueError(mismatch(names, leaf_path(new, index), str(x), what))
+            leaves[index] = np.asarray(x, known.dtype) if is_number else x
+        elif is_wide and dtypes.is_inexact(known.dtype):
+            leaves[index] = np.asarray(x, np.float32)
     return treedef.unflatten(leaves)
+
+
+def check_wide_integers(tree: PyTree, name: str) -> None:
+    """Raises if a NumPy integer needs 64 bits and jax would keep 32 of them."""
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        if not isinstance(leaf, np.ndarray | np.generic) or leaf.dtype.kind not in "iu":
+            continue
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        if dtype != leaf.dtype and np.any(leaf.astype(dtype) != leaf):
+            got = f"{np.min(leaf)} to {np.max(leaf)}"
+            raise ValueError(f"{name}{leaf_path(tree, index)}: {got} needs jax_enable_x64")
 
 
 def copy_nones(tree: PyTree, reference: PyTree) -> PyTree:
@@ -132,4 +143,8 @@ def check_arrays(tree: PyTree, name: str) -> None:
     """Raises a TypeError if a leaf is not an array or a number."""
     for index, leaf in enumerate(jax.tree.leaves(tree)):
         if array_type(leaf) is None:
-            raise TypeError(f"{name}{leaf_path(tree, index)}: expected an array, got {describe(leaf)}")
+            mend = (
+                "; track the arrays alone, as eqx.filter(model, eqx.is_array)" if callable(leaf) else ""
+            )
+            got = describe(leaf)
+            raise TypeError(f"{name}{leaf_path(tree, index)}: expected an array, got {got}{mend}")

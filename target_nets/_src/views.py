@@ -43,7 +43,7 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
     if not fits_as_it_is(online, state.params):
-        online = unwrap(online)
+        online = trees.fit_integers(unwrap(online), state.params, NAMES)
     if trace.is_eager(online, state.params):
         online, _ = placement.match_devices(online, state.params)
     return trees.call_naming_leaves(
@@ -102,10 +102,10 @@ def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
         return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total) / scale
 
     # The squares of values above 2**(limit/2) overflow, and those below 2**(-limit/2) vanish. A power of
-    # two brings very large or very small values to where neither can happen.
+    # two brings very large or very small values to where neither can happen, nor in the derivative.
     norm = norm_at(jnp.ones((), dtype))
     is_small, is_large = norm < 2.0 ** (-limit // 4), norm > 2.0 ** (3 * limit // 8)
-    scale = jnp.where(is_small, 2.0 ** (limit * 5 // 8), 2.0 ** (-limit * 5 // 8)).astype(dtype)
+    scale = jnp.where(is_small, 2.0 ** (limit * 9 // 16), 2.0 ** (-limit * 5 // 8)).astype(dtype)
     return lax.cond(is_small | is_large, norm_at, lambda _: norm, scale)
 
 
