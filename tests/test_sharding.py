@@ -61,7 +61,9 @@ def make(kind: str, params: Any, donate: bool = False) -> Any:
 
 @pytest.mark.skipif(not ONE_DEVICE, reason="runs in the outer process alone")
 def test_on_virtual_devices() -> None:
-    platforms = str(Path(__file__).with_name("test_platforms.py"))
+    platforms = (
+        f"{Path(__file__).with_name('test_platforms.py')}::test_links_between_shardings_take_no_channels"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, platforms]
     environment = cpu_environment(DEVICES)
     assert "IN_OUTER_PROCESS" not in os.environ, "this process should have more devices"
