@@ -42,6 +42,6 @@ _SCHEDULES = {
     if isinstance(schedule, type)
 }
 
-for target_class in (EMATarget, PeriodicTarget):
-    serialization.register_serialization_state(target_class, to_state_dict, from_state_dict)
-    register_export(target_class, _SCHEDULES)
+for _class in (EMATarget, PeriodicTarget):
+    serialization.register_serialization_state(_class, to_state_dict, from_state_dict)
+    register_export(_class, _SCHEDULES)

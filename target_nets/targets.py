@@ -114,8 +114,7 @@ class EMATarget(Target[P]):
         averaged = construct.resolve_mask(mask, params, arrays)
         accumulator = checks.check_accumulator_dtype(accumulator_dtype)
         stored_dtypes = dtypes.storage_dtypes(param_dtypes, averaged, accumulator)
-        slow = construct.first_slow_copy(arrays, stored_dtypes)
-        static_step_size, array_step_size = construct.parse_step_size(step_size, slow)
+        static_step_size, array_step_size = construct.parse_step_size(step_size)
         settings = Settings(
             plan=Plan(all(averaged) or averaged, static_step_size),
             update_period=update_period,
@@ -125,13 +124,14 @@ class EMATarget(Target[P]):
             skip_nonfinite=skip_nonfinite,
             nnx_objects=unwrap.find_nnx_objects(params),
         )
+        slow = construct.first_slow_copy(arrays, stored_dtypes)
         state = State(
             settings,
             slow,
             host_count(0),
             skipped=placement.put_beside(host_count(0), slow) if skip_nonfinite else None,
             compensation=construct.zero_compensation(slow, averaged) if compensated else None,
-            step_size=array_step_size,
+            step_size=placement.put_beside(array_step_size, slow),
         )
         self.__attrs_init__(state)
 
@@ -161,9 +161,10 @@ class EMATarget(Target[P]):
         with self._lock:
             state = self._state
             shape = np.shape(state.step)  # that of a population
-            static_step_size, array_step_size = construct.parse_step_size(step_size, state.params, shape)
+            static_step_size, array_step_size = construct.parse_step_size(step_size, shape)
             plan = state.settings.plan._replace(step_size=static_step_size)
             settings = attrs.evolve(state.settings, plan=plan)
+            array_step_size = placement.put_beside(array_step_size, state.params)
             self._state = state._replace(settings=settings, step_size=array_step_size)
 
     def next_step_size(self) -> jax.Array:
@@ -174,6 +175,9 @@ class EMATarget(Target[P]):
 
         Returns:
           A scalar in [0, 1], float32 or wider, on the device. Of a population, an array.
+
+        Raises:
+          TypeError: The target is abstract, or the schedule returns no real number.
 
         Example:
           >>> from target_nets import EMATarget, schedules

@@ -544,3 +544,17 @@ def test_deleted_arrays_are_named(kind: str) -> None:
     jax.jit(lambda x: jax.tree.map(lambda y: y + 1, x), donate_argnums=0)(target.params)
     with pytest.raises(RuntimeError, match=r"the slow copy\['w'\]: this array has been deleted"):
         target.distance({"w": jnp.ones(3)})
+
+
+def test_settings_are_checked_before_anything_is_copied() -> None:
+    deleted = {"w": jnp.ones(3)}
+    deleted["w"].delete()
+    for wrong in (
+        {"step_size": 1.5},
+        {"step_size": 0.5, "update_period": 0},
+        {"step_size": 0.5, "donate": 1},
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"^(step_size|update_period|donate): "):
+            EMATarget(deleted, **wrong)
+    with pytest.raises(ValueError, match="update_period"):
+        PeriodicTarget(deleted, 0)

@@ -82,7 +82,7 @@ def test_a_function_that_makes_a_target() -> None:
 def test_what_cannot_be_written_is_named() -> None:
     params = {"w": jnp.ones(2)}
 
-    class ramp(schedules.uniform):  # noqa: N801
+    class ramp(schedules.uniform):  # noqa: N801 (it has the name of another one in the library)
         pass
 
     for schedule in (harmonic, ramp()):

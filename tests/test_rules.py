@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.comparisons import arrays, assert_same
+from helpers.targets import RULES
 from helpers.trees import perturb
 
 import target_nets
@@ -368,11 +369,7 @@ WRAPPING = {  # new, old, and the error
     "NumPy array, 64 bits": (np.array([1, -(2**40)]), jnp.zeros(2, jnp.int32), ValueError),
 }
 INTEGER_RULES: dict[str, Callable[[Any, Any], Any]] = {
-    "incremental_update": lambda new, old: incremental_update(new, old, 0.5),
-    "periodic_update": lambda new, old: periodic_update(new, old, 2, 2),
-    "periodic_update, not due": lambda new, old: periodic_update(new, old, 1, 2),
-    "periodic_update, jax": lambda new, old: periodic_update(new, old, jnp.int32(2), 2),
-    "apply_updates": lambda new, old: apply_updates(old, new),
+    **RULES,
     "EMATarget": lambda new, old: EMATarget(old, 0.5).update(new).params,
     "PeriodicTarget": lambda new, old: PeriodicTarget(old, 2).update(new).params,
     "sync": lambda new, old: PeriodicTarget(old, 2).sync(new).params,

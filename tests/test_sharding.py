@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,10 +60,7 @@ def make(kind: str, params: Any, donate: bool = False) -> Any:
 
 @pytest.mark.skipif(not ONE_DEVICE, reason="runs in the outer process alone")
 def test_on_virtual_devices() -> None:
-    platforms = (
-        f"{Path(__file__).with_name('test_platforms.py')}::test_links_between_shardings_take_no_channels"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, platforms]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     environment = cpu_environment(DEVICES)
     assert "IN_OUTER_PROCESS" not in os.environ, "this process should have more devices"
     environment |= {"IN_OUTER_PROCESS": "no"}
@@ -419,3 +415,53 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_moves() -> None:
     mesh = mesh_of(AxisType.Auto)
     with pytest.raises(ValueError, match="dimension size is 9"):
         EMATarget(put({"w": np.ones(9, np.float32)}, mesh, SHARDED), 0.3)
+
+
+@on_devices
+def test_links_between_shardings_take_no_channels() -> None:
+    """Programs of any length lower, beside callbacks and collectives, to the same text in every process.
+
+    jax has 65,535 channels for the callbacks and collectives of a program.
+    """
+    mesh = mesh_of(AxisType.Auto)
+    rows = NamedSharding(mesh, SHARDED)
+    params = {name: jax.device_put(jnp.zeros(8), rows) for name in "ab"}
+    target = EMATarget(params, 0.5, compensated=True)
+
+    def train(target: Any, params: Any) -> Any:
+        total = partial(jax.lax.psum, axis_name="x")
+        for _ in range(3):
+            target.update(params)
+            jax.debug.callback(lambda x: None, params["a"])
+            params["b"] += jax.shard_map(total, mesh=mesh, in_specs=rows.spec, out_specs=P())(
+                params["a"]
+            )[0]
+        return target
+
+    def lower() -> tuple[list[int], list[int]]:
+        text = jax.jit(lambda *args: train(*args)).lower(target, params).as_text()
+        groups = re.findall(r"sdy.sharding_group .* group_id=(\d+)", text)
+        channels = re.findall(r"channel_handle<handle = (\d+)", text)
+        return list(map(int, groups)), list(map(int, channels))
+
+    groups, channels = lower()
+    links = 3 * 2 * 2  # the value and the error of two arrays, in three updates
+    assert sorted(groups) == sorted(2 * list(range(2**32, 2**32 + links)))
+    assert max(channels) <= 3
+    assert lower() == (groups, channels)
+    compiled = jax.jit(train).lower(target, params).compile()
+    assert compiled.output_shardings.params["a"] == rows
+
+
+@on_devices
+@pytest.mark.parametrize("kind", ["ema", "ema, donate", "periodic"])
+def test_devices_are_asked_of_the_arrays(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a slow copy on the CPU beside a single GPU, which is the only device jax counts then."""
+    here, there, *_ = jax.devices()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    target = make_makers(period=1)[kind.removesuffix(", donate")](jax.device_put(ZEROS, here))
+    online = jax.device_put(VALUES, there)
+    for change in (target.update, target.sync):
+        change(online)
+        assert all(x.devices() == {here} for x in jax.tree.leaves(target.params))
+    np.testing.assert_allclose(target.distance(online), 0)

@@ -75,13 +75,12 @@ def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]
 
 
 def parse_step_size(
-    step_size: ArrayLike | Schedule, slow: PyTree, shape: tuple[int, ...] = ()
+    step_size: ArrayLike | Schedule, shape: tuple[int, ...] = ()
 ) -> tuple[float | Schedule | None, jax.Array | None]:
     """Returns a static step size, which is a number or a schedule, and an array. One of them is None.
 
     Args:
       step_size: What the user gave.
-      slow: The slow copy, beside which an array is placed.
       shape: The shape of an array: that of a population, which `vmap` has batched.
     """
     if callable(step_size):
@@ -103,5 +102,5 @@ def parse_step_size(
     if isinstance(step_size, jax.Array | np.ndarray):
         array = jnp.array(step_size)
         # It is made strongly typed, so that assigning another one compiles nothing.
-        return None, placement.put_beside(array.astype(array.dtype), slow)
+        return None, array.astype(array.dtype)
     return float(checked), None

@@ -29,6 +29,7 @@ def named_children(tree: PyTree) -> dict[str, PyTree]:
 
 
 def describe_differences(new: PyTree, old: PyTree, names: Names) -> str:
+    """Returns the message about two trees that differ. It names up to three of the places."""
     # A None may be intended (see `copy_nones`), so any other difference is reported first.
     differences = sorted(_differences(new, old, ()), key=lambda difference: difference[1] == "None")
     texts = [mismatch(names, keystr(path), got, expected) for path, got, expected in differences[:1]]
@@ -84,4 +85,5 @@ def _children(tree: PyTree) -> tuple[dict[KeyPath, PyTree], TreeDef]:
 
 
 def mismatch(names: Names, path: str, got: str, expected: str) -> str:
+    """Returns the message about one place where the trees differ."""
     return f"{names.new}{path}: expected {expected} as in {names.old}, got {got}"

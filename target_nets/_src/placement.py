@@ -46,7 +46,7 @@ def copy_to_own_buffers(tree: Tree) -> Tree:
 
 
 def put_beside(scalar: Any, slow: PyTree) -> Any:
-    """Returns a scalar where updates will leave it: on the devices of the slow copy, if it is placed.
+    """Returns a scalar, or None, where updates will leave it: beside the slow copy, if it is placed.
 
     If it started elsewhere, jit would return it there, and the second call would compile again.
     """

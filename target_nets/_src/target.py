@@ -32,7 +32,7 @@ class Target(Generic[P]):
     _trace: trace.Trace = attrs.field(factory=trace.current_trace)  # where it may be changed in place
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
-        """Helps those who come from another library with the names of the arguments."""
+        """Makes an empty target, or says how to write an argument that has another name elsewhere."""
         refuse_foreign_names(cls.__name__, arguments)
         return super().__new__(cls)
 
@@ -94,10 +94,9 @@ class Target(Generic[P]):
     def update(self, online_params: P) -> Self:
         """Counts an update in place and, at every `update_period`-th one, changes the slow copy.
 
-        Everyone who holds this target sees the change. `updated` returns a new target instead. If
-        several threads update a target, they take turns. The
-        structure and shapes of the parameters are checked at the first update and at every averaging. If
-        an error is raised, the target is as it was before.
+        Everyone who holds this target sees the change. `updated` returns a new target instead. Threads
+        that update one target take turns. The structure and shapes of the parameters are checked at the
+        first update and at every averaging. If an error is raised, the target is as it was before.
 
         Args:
           online_params: The online parameters, with the structure and shapes of `params`. The kind of a
@@ -138,8 +137,8 @@ class Target(Generic[P]):
           online_params: The online parameters, as for `update`.
 
         Returns:
-          The new target. Where no averaging was due it holds the same arrays as this one, but with
-          `donate=True` a copy of the slow copy.
+          The new target. Where no averaging was due, its slow copy is the same arrays as this one's:
+          donate neither of them to a function then. With `donate=True` it is a copy.
 
         Raises:
           ValueError, TypeError: As `update` does.
@@ -160,6 +159,7 @@ class Target(Generic[P]):
             # later, the other would lose them.
             new = new._replace(**copy_to_own_buffers(new.slow)._asdict())
         if isinstance(new.step_size, jax.Array) and not isinstance(new.step_size, Tracer):
+            # A function that the old target is donated to must not delete it here.
             new = new._replace(step_size=copy_to_own_buffers(new.step_size))
         return make_target(type(self), new)
 
@@ -221,9 +221,9 @@ class Target(Generic[P]):
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: this target was made outside of the function that jax "
                 "is transforming (jit, scan, vmap, cond, grad, ...), so the change would be lost, or "
-                "made once, while jax traces. Pass "
-                "the target into that function as an argument and return it, or call `updated`, which "
-                "returns a new target. In a loss, take the gradient first and update after it."
+                "made only once, while jax traces. Pass the target into that function as an argument "
+                "and return it, or call `updated`, which returns a new target. In a loss, take the "
+                "gradient first and update after it."
             )
 
     def __copy__(self) -> Self:

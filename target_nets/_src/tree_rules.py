@@ -88,6 +88,7 @@ def check_tensors(new: PyTree, old: PyTree) -> None:
 
 
 def _unwrap(new: PyTree, old: PyTree, names: Names) -> tuple[PyTree, PyTree]:
+    """Returns the arrays of both trees, or raises if jax would not keep the value of an integer."""
     new_arrays, old_arrays = unwrap_pair(new, old)
     if new_arrays is not new:  # jax arrays, the usual case, come back as they are
         trees.check_wide_integers(old_arrays, names.old)
@@ -108,9 +109,8 @@ def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree,
 
 # Compiled functions
 
-Values: TypeAlias = tuple[
-    jax.Array, jax.Array | None
-]  # of a slow leaf: its value and its rounding error
+# The value of a slow leaf and its rounding error, if that is kept.
+Values: TypeAlias = tuple[jax.Array, jax.Array | None]
 
 
 def _apply_to_leaves(

@@ -112,7 +112,7 @@ def fit_integers(new: Tree, old: PyTree, names: Names) -> Tree:
             info = jnp.iinfo(known.dtype)
             if np.size(x) and not (info.min <= np.min(x) and np.max(x) <= info.max):
                 what = f"values of {known.dtype}"
-                raise ValueError(mismatch(names, leaf_path(new, index), str(x), what))
+                raise ValueError(mismatch(names, leaf_path(new, index), _span(x), what))
             leaves[index] = np.asarray(x, known.dtype) if is_number else x
         elif is_wide and dtypes.is_inexact(known.dtype):
             leaves[index] = np.asarray(x, np.float32)
@@ -126,8 +126,11 @@ def check_wide_integers(tree: PyTree, name: str) -> None:
             continue
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         if dtype != leaf.dtype and np.any(leaf.astype(dtype) != leaf):
-            got = f"{np.min(leaf)} to {np.max(leaf)}"
-            raise ValueError(f"{name}{leaf_path(tree, index)}: {got} needs jax_enable_x64")
+            raise ValueError(f"{name}{leaf_path(tree, index)}: {_span(leaf)} needs jax_enable_x64")
+
+
+def _span(x: Any) -> str:
+    return f"{np.min(x)} to {np.max(x)}" if np.ndim(x) else str(x)
 
 
 def copy_nones(tree: PyTree, reference: PyTree) -> PyTree:

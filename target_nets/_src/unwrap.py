@@ -17,9 +17,6 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from target_nets._src.leaves import KeyPath, Leaf, PyTree, Tree, TreeDef
 
-# Containers and leaves that need no closer look.
-_PLAIN = dict, list, tuple, type(None), jax.Array, np.ndarray, int, float, complex
-
 
 def unwrap(tree: PyTree, *, read_refs: bool = True) -> PyTree:
     """Returns the tree with nnx objects as nested dicts, Refs as arrays, and NumPy arrays as copies.
@@ -145,11 +142,8 @@ def rewrap(tree: Tree, nnx_objects: NnxObjects) -> Tree:
 
 
 def is_nnx_object(x: Any) -> bool:
-    """Whether this is one of nnx's containers or Variables."""
-    if _is_nnx_type(type(x)):
-        return True
-    # A hijax Variable is not of a class of nnx's, and inside jit it is a tracer.
-    return not _is_plain_type(type(x)) and isinstance(x, nnx.Variable)
+    """Whether this is one of nnx's containers or Variables, inside jit as well."""
+    return isinstance(x, nnx.State | nnx.Pytree | nnx.Variable)
 
 
 def _nnx_objects(tree: PyTree) -> Iterator[tuple[KeyPath, Any]]:
@@ -188,19 +182,6 @@ def _as_hijax(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
     if not metadata.pop("was_hijax", False):
         return variable
     return variable.var_type.from_metadata(variable.get_raw_value(), {**metadata, "hijax": True})
-
-
-# An eager update of a small network asks this as often as it has nodes.
-
-
-@lru_cache(maxsize=1000)
-def _is_nnx_type(node_type: type) -> bool:
-    return issubclass(node_type, nnx.State | nnx.Pytree | nnx.Variable)
-
-
-@lru_cache(maxsize=1000)
-def _is_plain_type(node_type: type) -> bool:
-    return issubclass(node_type, _PLAIN)
 
 
 @lru_cache(maxsize=1000)

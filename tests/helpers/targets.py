@@ -12,7 +12,7 @@ import numpy as np
 from flax import serialization
 from helpers.trees import stack
 
-from target_nets import EMATarget, PeriodicTarget
+from target_nets import EMATarget, PeriodicTarget, apply_updates, incremental_update, periodic_update
 
 INT32_MAX = 2**31 - 1
 
@@ -58,6 +58,16 @@ def sync(target: Any, online: Any) -> Any:
 jitted_update = jax.jit(update)
 jitted_sync = jax.jit(sync)
 UPDATES: dict[str, Callable[[Any, Any], Any]] = {"eager": update, "jit": jitted_update}
+
+
+# The rules, each of a new and an old tree.
+RULES: dict[str, Callable[[Any, Any], Any]] = {
+    "incremental_update": lambda new, old: incremental_update(new, old, 0.5),
+    "periodic_update": lambda new, old: periodic_update(new, old, 4, 2),
+    "periodic_update, not due": lambda new, old: periodic_update(new, old, 1, 2),
+    "periodic_update, jax": lambda new, old: periodic_update(new, old, jnp.int32(4), 2),
+    "apply_updates": lambda new, old: apply_updates(old, new),
+}
 
 
 def update_eagerly(target: Any, onlines: list[Any]) -> Any:
