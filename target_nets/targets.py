@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from target_nets._src import checks, construct, dtypes, placement, unwrap, views
+from target_nets._src import checks, construct, placement, unwrap, views
 from target_nets._src.state import COPY_ALL, Count, Plan, Schedule, Settings, State, host_count
 from target_nets._src.target import Target, register_pytree
 
@@ -113,25 +113,26 @@ class EMATarget(Target[P]):
         param_dtypes = construct.leaf_dtypes(arrays)
         averaged = construct.resolve_mask(mask, params, arrays)
         accumulator = checks.check_accumulator_dtype(accumulator_dtype)
-        stored_dtypes = dtypes.storage_dtypes(param_dtypes, averaged, accumulator)
         static_step_size, array_step_size = construct.parse_step_size(step_size)
+        storage = construct.choose_storage(param_dtypes, averaged, accumulator, compensated is True)
         settings = Settings(
-            plan=Plan(all(averaged) or averaged, static_step_size),
+            plan=Plan(all(averaged) or averaged, static_step_size, is_random=storage.is_random),
             update_period=update_period,
             donate=donate,
-            param_dtypes=construct.dtypes_to_restore(param_dtypes, stored_dtypes),
+            param_dtypes=storage.dtypes_to_restore(param_dtypes),
             compensated=compensated,
+            pairs=storage.pairs,
             skip_nonfinite=skip_nonfinite,
             nnx_objects=unwrap.find_nnx_objects(params),
         )
-        slow = construct.first_slow_copy(arrays, stored_dtypes)
+        slow = construct.first_slow_copy(arrays, storage)
         state = State(
             settings,
-            slow,
+            slow.params,
             host_count(0),
-            skipped=placement.put_beside(host_count(0), slow) if skip_nonfinite else None,
-            compensation=construct.zero_compensation(slow, averaged) if compensated else None,
-            step_size=placement.put_beside(array_step_size, slow),
+            skipped=placement.put_beside(host_count(0), slow.params) if skip_nonfinite else None,
+            compensation=slow.compensation,
+            step_size=placement.put_beside(array_step_size, slow.params),
         )
         self.__attrs_init__(state)
 
@@ -242,8 +243,8 @@ class PeriodicTarget(Target[P]):
         arrays = unwrap.unwrap(params)
         nnx_objects = unwrap.find_nnx_objects(params)
         settings = Settings(COPY_ALL, update_period, donate, nnx_objects=nnx_objects)
-        slow = construct.first_slow_copy(arrays, construct.leaf_dtypes(arrays))
-        self.__attrs_init__(State(settings, slow, host_count(0)))
+        slow = construct.first_slow_copy(arrays, construct.Storage(construct.leaf_dtypes(arrays)))
+        self.__attrs_init__(State(settings, slow.params, host_count(0)))
 
 
 register_pytree(EMATarget)

@@ -118,12 +118,27 @@ def test_what_a_user_reads_is_what_is_in_the_file(case: Case, saved: bytes) -> N
         assert_same({key: params[key]}, {key: x})
 
 
-def test_the_same_run_writes_the_same_file(case: Case, saved: bytes) -> None:
-    assert serialization.to_bytes(case.run()) == saved
+# Version 0.1 rounded these accumulators to nearest.
+ROUNDED_STOCHASTICALLY = ["accumulator_bfloat16"]
 
 
-def test_the_next_update_equals_that_of_an_uninterrupted_run(case: Case, saved: bytes) -> None:
+def test_the_same_run_writes_the_same_file(name: str, case: Case, saved: bytes) -> None:
+    written = serialization.to_bytes(case.run())
+    if name not in ROUNDED_STOCHASTICALLY:
+        assert written == saved
+        return
+    after, before = (flat(serialization.msgpack_restore(file)["params"]) for file in (written, saved))
+    for key, x in before.items():
+        atol = float(jnp.finfo(x.dtype).eps) * np.abs(x.astype(float)).max()
+        np.testing.assert_allclose(after[key].astype(float), x.astype(float), atol=2 * atol)
+
+
+def test_the_next_update_equals_that_of_an_uninterrupted_run(
+    name: str, case: Case, saved: bytes
+) -> None:
     online = case.params(case.updates + 1)
+    if name in ROUNDED_STOCHASTICALLY:
+        saved = serialization.to_bytes(case.run())
     resumed, uninterrupted = (
         case.target(serialization.to_state_dict(case.update(state, online)))
         for state in (restored(case, saved), case.run())

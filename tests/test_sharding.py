@@ -445,7 +445,7 @@ def test_links_between_shardings_take_no_channels() -> None:
         return list(map(int, groups)), list(map(int, channels))
 
     groups, channels = lower()
-    links = 3 * 2 * 2  # the value and the error of two arrays, in three updates
+    links = 3 * 2  # two arrays, in three updates
     assert sorted(groups) == sorted(2 * list(range(2**32, 2**32 + links)))
     assert max(channels) <= 3
     assert lower() == (groups, channels)

@@ -336,7 +336,8 @@ def test_strict_dtype_promotion(kind: str) -> None:
 
 
 def test_the_leaves_have_these_keys_in_this_order() -> None:
-    target = EMATarget(START, jnp.float32(0.5), compensated=True, skip_nonfinite=True)
+    settings = {"accumulator_dtype": "float16", "compensated": True, "skip_nonfinite": True}
+    target = EMATarget(START, jnp.float32(0.5), **settings)
     keys = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(target)]
     assert keys == [".params['w']", ".step", ".skipped", ".compensation['w']", ".step_size"]
     keys = [

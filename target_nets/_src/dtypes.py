@@ -1,7 +1,6 @@
 """The kinds of leaves, and the dtypes that leaves are computed and stored in."""
 
 import enum
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -81,8 +80,18 @@ def real_dtype(dtype: DType) -> DType:
 
 def accumulation_dtype(dtype: DType) -> DType:
     """Returns float32 for floats below 32 bits, and any other dtype unchanged."""
-    is_small_float = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.dtype(jnp.float32) if is_small_float else dtype
+    return jnp.dtype(jnp.float32) if is_below_32_bits(dtype) else dtype
+
+
+def is_below_32_bits(dtype: DType) -> bool:
+    """Whether this is a dtype of floats with less than 32 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def pair_dtype(dtype: DType) -> DType | None:
+    """Returns the complex dtype that holds two values of a floating dtype, or None if there is none."""
+    pairs = {"float32": jnp.complex64, "float64": jnp.complex128}
+    return jnp.dtype(pairs[dtype.name]) if dtype.name in pairs else None
 
 
 def arithmetic_dtype(new: DType, old: DType) -> DType:
@@ -91,21 +100,8 @@ def arithmetic_dtype(new: DType, old: DType) -> DType:
     return max(candidates, key=lambda dtype: (kind_of(dtype), dtype.itemsize))
 
 
-def storage_dtypes(
-    dtypes: Sequence[DType], averaged: Sequence[bool], accumulator: DType | None
-) -> list[DType]:
-    """Returns the dtypes that the slow copy is stored in, one for each leaf.
-
-    Args:
-      dtypes: The dtypes of the parameters.
-      averaged: Whether a leaf is averaged. Copied leaves are stored in their own dtype.
-      accumulator: The dtype that the user wants for averaged leaves, or None.
-    """
-    pairs = zip(dtypes, averaged, strict=True)
-    return [_storage_dtype(dtype, accumulator) if average else dtype for dtype, average in pairs]
-
-
-def _storage_dtype(dtype: DType, accumulator: DType | None) -> DType:
+def storage_dtype(dtype: DType, accumulator: DType | None) -> DType:
+    """Returns the dtype of the average of a parameter, whose user may ask for an accumulator dtype."""
     if accumulator is None or not is_inexact(dtype):
         return accumulation_dtype(dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):

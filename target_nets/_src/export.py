@@ -55,7 +55,7 @@ def _to_bytes(name: str, schedules: Mapping[str, Callable[..., Schedule]], setti
 
     step_size = write(settings.plan.step_size)
     written = attrs.asdict(settings, recurse=False) | {
-        "plan": {"averaged": settings.plan.averaged, "step_size": step_size},
+        "plan": settings.plan._asdict() | {"step_size": step_size},
         "param_dtypes": settings.param_dtypes
         and [None if dtype is None else str(dtype) for dtype in settings.param_dtypes],
     }
@@ -71,12 +71,16 @@ def _from_bytes(schedules: Mapping[str, Callable[..., Schedule]], written: bytes
         arguments = {key: read(x) for key, x in step_size["arguments"].items()}
         return schedules[step_size["schedule"]](**arguments)
 
-    averaged, step_size = fields["plan"]["averaged"], read(fields["plan"]["step_size"])
+    plan = Plan(**fields["plan"])
+    averaged, step_size = plan.averaged, read(plan.step_size)
     dtypes = fields["param_dtypes"]
     return Settings(
         **fields
         | {
-            "plan": Plan(tuple(averaged) if isinstance(averaged, list) else averaged, step_size),
+            "plan": plan._replace(
+                averaged=tuple(averaged) if isinstance(averaged, list) else averaged, step_size=step_size
+            ),
+            "pairs": tuple(fields["pairs"]),
             "param_dtypes": dtypes
             and tuple(None if dtype is None else jnp.dtype(dtype) for dtype in dtypes),
             "nnx_objects": (),

@@ -8,7 +8,7 @@ it, and `link_shardings` tells XLA what to keep alike.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
@@ -135,6 +135,28 @@ def match_sharding(new: jax.Array, old: jax.Array, sharding: NamedSharding | Non
     if sharding is not None and AxisType.Auto in sharding.mesh.axis_types:
         new = lax.with_sharding_constraint(new, _on_auto_axes(sharding))
     return new
+
+
+def group_alike(leaves: Sequence[jax.Array], shardings: Shardings) -> list[list[jax.Array]]:
+    """Returns the leaves in groups of one shape and dtype that are known to be placed alike.
+
+    To combine other arrays, devices would have to exchange them.
+
+    Args:
+      leaves: Arrays in a compiled function.
+      shardings: Their shardings, if they are known.
+    """
+    groups: dict[Hashable, list[jax.Array]] = {}
+    known = shardings or [None] * len(leaves)
+    for index, (x, sharding) in enumerate(zip(leaves, known, strict=True)):
+        axis_types = jax.typeof(x).sharding.mesh.axis_types
+        is_unknown = not axis_types or AxisType.Auto in axis_types
+        if is_unknown and sharding is None and jax.device_count() > 1:
+            groups[index] = [x]
+        else:
+            groups.setdefault((x.shape, x.dtype, jax.typeof(x).sharding, sharding), []).append(x)
+    most = 16  # arrays that one loop reads
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
 def _on_auto_axes(sharding: NamedSharding) -> NamedSharding:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from target_nets._src.checks import INT32_MAX, bool_converter, count_converter
 from target_nets._src.dtypes import DType
 from target_nets._src.leaves import PyTree
+from target_nets._src.slow_copy import SlowCopy
 from target_nets._src.unwrap import NnxObjects
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
@@ -26,10 +27,17 @@ class Plan(NamedTuple):
       averaged: Whether to average each leaf; the others are copied. One boolean stands for all leaves.
       step_size: A number or a schedule. None if it is passed separately, as an array or a number, or if
         no leaf is averaged.
+      is_random: Whether averages are rounded stochastically, where they are stored in less than 32 bits.
     """
 
     averaged: bool | tuple[bool, ...]
     step_size: float | Schedule | None = None
+    is_random: bool = False
+
+    @property
+    def needs_count(self) -> bool:
+        """Whether an averaging depends on how many were due before it."""
+        return self.is_random or callable(self.step_size)
 
 
 AVERAGE_ALL, COPY_ALL = Plan(averaged=True), Plan(averaged=False)
@@ -46,6 +54,7 @@ class Settings:
       param_dtypes: The dtypes that `Target.params` returns, one for each leaf, with None for a leaf that
         is stored in its own dtype. None if all leaves are.
       compensated: Whether the state holds the rounding errors of the averages.
+      pairs: Which slow leaves hold a value and its rounding error; see `SlowCopy`.
       skip_nonfinite: Whether to skip averagings when parameters hold inf or nan, and to count the
         skipped ones.
       nnx_objects: The nnx objects in the parameters that the target was made from. The slow copy has
@@ -57,6 +66,7 @@ class Settings:
     donate: bool = attrs.field(converter=bool_converter("donate"))
     param_dtypes: tuple[DType | None, ...] | None = None
     compensated: bool = attrs.field(default=False, converter=bool_converter("compensated"))
+    pairs: tuple[bool, ...] = ()
     skip_nonfinite: bool = attrs.field(default=False, converter=bool_converter("skip_nonfinite"))
     nnx_objects: NnxObjects = ()
 
@@ -70,25 +80,6 @@ class Settings:
         """The names of the fields of the state that are children of the pytree, in their order."""
         has = self.skip_nonfinite, self.compensated, self.step_size_is_array
         return ("params", "step", *compress(("skipped", "compensation", "step_size"), has))
-
-
-class SlowCopy(NamedTuple):
-    """The arrays that an averaging replaces, and whose memory it may reuse.
-
-    Attributes:
-      params: The slow parameters, in their storage dtypes.
-      compensation: The rounding errors of the averages, a tree like `params` with None for each leaf
-        that is not averaged. None without `compensated`.
-    """
-
-    params: PyTree
-    compensation: PyTree = None
-
-    def errors(self) -> list[jax.Array | None]:
-        """Returns the rounding errors, one for each leaf of `params`, with None where there is none."""
-        treedef = jax.tree.structure(self.params)
-        has_errors = self.compensation is not None
-        return treedef.flatten_up_to(self.compensation) if has_errors else [None] * treedef.num_leaves
 
 
 class State(NamedTuple):
@@ -118,7 +109,11 @@ class State(NamedTuple):
     @property
     def slow(self) -> SlowCopy:
         """The arrays that an averaging replaces."""
-        return SlowCopy(self.params, self.compensation)
+        return SlowCopy(self.params, self.compensation, self.settings.pairs)
+
+    def with_slow(self, slow: SlowCopy) -> "State":
+        """Returns the state with other arrays of the same values."""
+        return self._replace(params=slow.params, compensation=slow.compensation)
 
     def after_update(self, slow: SlowCopy, step: Count, skipped: Count | None) -> "State":
         """Returns the state with what an update has changed."""

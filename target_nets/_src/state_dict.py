@@ -13,6 +13,7 @@ from target_nets._src.differences import named_children
 from target_nets._src.dtypes import Kind, holds, is_key, kind_of
 from target_nets._src.leaves import Leaf, PyTree, describe, is_leaf
 from target_nets._src.placement import copy_to_own_buffers, sharding_of
+from target_nets._src.slow_copy import SlowCopy, abstract_apart, put_together, take_apart
 from target_nets._src.state import State
 from target_nets._src.target import AnyTarget, Target, make_target
 from target_nets._src.unwrap import NnxObjects, rewrap, unwrap
@@ -26,7 +27,7 @@ def to_state_dict(target: Target[Any]) -> dict[str, Any]:
     """Returns counters as integers, trees as nested dicts of arrays, and PRNG keys as their key data."""
     return {
         name: _save_count(child) if name in _COUNTERS else _nest(jax.tree.map(_key_data, child))
-        for name, child in _saved_children(target.__getstate__()).items()
+        for name, child in _saved_children(_take_apart(target.__getstate__())).items()
     }
 
 
@@ -41,7 +42,10 @@ def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
       ValueError: The saved state does not fit the target.
     """
     state = target.__getstate__()
-    path, children = serialization.current_path(), _saved_children(state)
+    pairs, template = state.settings.pairs, state
+    if pairs:
+        template = state.with_slow(abstract_apart(state.slow))
+    path, children = serialization.current_path(), _saved_children(template)
     _check_keys(children, saved, path)
     for name, child in children.items():
         if name in _COUNTERS:
@@ -52,7 +56,19 @@ def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
     step_size = state.step_size
     if isinstance(step_size, jax.Array):
         step_size = copy_to_own_buffers(step_size)
-    return make_target(type(target), State(state.settings, **children, step_size=step_size))
+    restored = State(state.settings, **children, step_size=step_size)
+    if pairs:
+        slow = put_together(SlowCopy(restored.params, restored.compensation), pairs)
+        restored = restored.with_slow(jax.device_put(slow, jax.tree.map(sharding_of, state.slow)))
+    return make_target(type(target), restored)
+
+
+def _take_apart(state: State) -> State:
+    """Returns the state with each value and its rounding error in arrays of their own."""
+    if not state.settings.pairs:
+        return state
+    is_abstract = isinstance(state.step, jax.ShapeDtypeStruct)
+    return state.with_slow((abstract_apart if is_abstract else take_apart)(state.slow))
 
 
 def _saved_children(state: State) -> dict[str, PyTree]:

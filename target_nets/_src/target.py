@@ -152,12 +152,12 @@ class Target(Generic[P]):
         """
         old = self._state
         if self._trace != trace.current_trace():  # a transformation closes over this target
-            old = old._replace(**pin_constants(old.slow)._asdict())
+            old = old.with_slow(pin_constants(old.slow))
         new = update.advance(old, online_params, donate=False)
         if old.settings.donate and new.params is old.params and not isinstance(new.step, Tracer):
             # No averaging was due, so both targets hold the same arrays. If one target donated them
             # later, the other would lose them.
-            new = new._replace(**copy_to_own_buffers(new.slow)._asdict())
+            new = new.with_slow(copy_to_own_buffers(new.slow))
         if isinstance(new.step_size, jax.Array) and not isinstance(new.step_size, Tracer):
             # A function that the old target is donated to must not delete it here.
             new = new._replace(step_size=copy_to_own_buffers(new.step_size))
@@ -231,8 +231,8 @@ class Target(Generic[P]):
         counts = {"step": state.step, "skipped": state.skipped, "step_size": state.step_size}
         # Counters that are NumPy arrays are read-only, so both targets can share them.
         on_device = {name: x for name, x in counts.items() if isinstance(x, jax.Array)}
-        copied = copy_to_own_buffers({**state.slow._asdict(), **on_device})
-        return make_target(type(self), state._replace(**copied))
+        slow, on_device = copy_to_own_buffers((state.slow, on_device))
+        return make_target(type(self), state.with_slow(slow)._replace(**on_device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.__copy__()

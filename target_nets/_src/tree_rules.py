@@ -5,7 +5,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,13 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from target_nets._src import arithmetic, checks, dtypes, leaves, placement, trees
+from target_nets._src.compensation import compensated_lerp
 from target_nets._src.differences import Names
 from target_nets._src.leaves import PyTree, Tree
 from target_nets._src.placement import Shardings
-from target_nets._src.state import COPY_ALL, Count, Plan, SlowCopy, next_count
+from target_nets._src.slow_copy import SlowCopy, Word
+from target_nets._src.state import COPY_ALL, Count, Plan, next_count
+from target_nets._src.stochastic_rounding import leaf_seeds
 from target_nets._src.unwrap import find_nnx_objects, rewrap, unwrap_pair
 
 TENSOR_NAMES = Names("new_tensors", "old_tensors")
@@ -44,7 +46,7 @@ def apply_plan(
       names: The names of both trees in error messages.
       skipped: How many averagings were skipped so far. None without `skip_nonfinite`.
       step_size: The step size if it is an array, else None.
-      due_before: How many averagings were due before this one. Only schedules need it.
+      due_before: How many averagings were due before this one. Only some plans need it.
       shardings: The shardings of the slow leaves, if they are known; see `placement.match_sharding`.
       donate: Whether to reuse the memory of the slow copy.
 
@@ -57,7 +59,7 @@ def apply_plan(
         scalars = skipped, step_size, due_before
         return compiled(trees.jit_argument(online), slow, *scalars, plan, names, shardings)
 
-    return trees.call_naming_leaves(call, online, slow.params, names)
+    return trees.call_naming_leaves(call, online, slow.params, names, slow.values)
 
 
 def apply_plan_to_tensors(
@@ -109,9 +111,6 @@ def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree,
 
 # Compiled functions
 
-# The value of a slow leaf and its rounding error, if that is kept.
-Values: TypeAlias = tuple[jax.Array, jax.Array | None]
-
 
 def _apply_to_leaves(
     online: PyTree,
@@ -123,44 +122,47 @@ def _apply_to_leaves(
     names: Names,
     shardings: Shardings,
 ) -> tuple[SlowCopy, jax.Array | None]:
-    pairs, treedef = trees.zip_leaves(online, slow.params, names)
-    averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
-    rate = step_size_now(plan, step_size, due_before, skipped)
-    # Compiled separately, so that all leaves of one shape and dtype share one trace.
-    lerp = jax.jit(partial(arithmetic.lerp, step_size=rate))
-    compensated_lerp = jax.jit(partial(arithmetic.compensated_lerp, step_size=rate))
-    finite = None if skipped is None else arithmetic.all_finite([new for new, _ in pairs])
+    words, treedef = slow.words(), jax.tree.structure(slow.params)
+    pairs, _ = trees.zip_leaves(online, treedef.unflatten([value for value, _ in words]), names)
+    placed = zip(pairs, shardings or [None] * len(pairs), strict=True)
+    pairs = [(placement.match_sharding(*pair, sharding), pair[1]) for pair, sharding in placed]
+    finite = None if skipped is None else _all_finite([new for new, _ in pairs], shardings)
+    weights = arithmetic.weigh(step_size_now(plan, step_size, due_before, skipped), pairs)
 
-    befores: list[Values] = []
-    afters: list[Values] = []
-    leaves = zip(pairs, slow.errors(), averaged, shardings or [None] * len(pairs), strict=True)
-    for (new, old), old_error, average, sharding in leaves:
-        new = placement.match_sharding(new, old, sharding)
-        new = new if finite is None else arithmetic.zero_unless(finite, new)
-        value, error = placement.to_device_memory((old, old_error))
-        befores.append((value, error))
+    # Compiled separately, so that all leaves of one shape and dtype share one trace.
+    @partial(jax.jit, static_argnames="average")
+    def apply(new: jax.Array, word: Word, seed: jax.Array | None, average: bool) -> Word:
+        value, error = word
+        if finite is not None:  # a slow copy that is averaged with itself stays as it is
+            new = arithmetic.keep_unless(finite, new, value)
         if not average:
-            # `error - error` is 0, since errors are finite, and unlike new zeros it keeps their
-            # sharding.
-            afters.append((arithmetic.copy(new, value), None if error is None else error - error))
-        elif error is None:
-            afters.append((lerp(new, value), None))
-        else:
-            afters.append(compensated_lerp(new, value, error))
+            return arithmetic.copy(new, value), None if error is None else jnp.zeros_like(error)
+        if error is None:
+            return arithmetic.lerp(new, value, weights, seed), None
+        no_error = jnp.zeros_like(error)
+        new_error = no_error if finite is None else jnp.where(finite, no_error, error)
+        return compensated_lerp((new, new_error), (value, error), weights)
+
+    averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
+    seeds = leaf_seeds(len(pairs), due_before) if plan.is_random else []
+    afters: list[Word] = []
+    for index, ((new, old), word, average) in enumerate(zip(pairs, words, averaged, strict=True)):
+        is_random = plan.is_random and average and dtypes.is_below_32_bits(old.dtype)
+        afters.append(apply(new, word, seeds[index] if is_random else None, average))
 
     if skipped is not None and finite is not None:
         values = zip(pairs, afters, strict=True)
-        narrow = [
-            after for (new, old), (after, _) in values if dtypes.may_overflow(new.dtype, old.dtype)
-        ]
-        finite = finite & arithmetic.all_finite(narrow) if narrow else finite
-        afters = jax.tree.map(partial(lax.select, finite), afters, befores)
+        narrow = [x for (new, old), (x, _) in values if dtypes.may_overflow(new.dtype, old.dtype)]
+        if narrow:
+            finite = finite & _all_finite(narrow, None)
+            afters = jax.tree.map(partial(lax.select, finite), afters, words)
         skipped = lax.select(finite, skipped, next_count(skipped, 1))
-    slow_leaves = zip(afters, pairs, strict=True)
-    results = [placement.match_memory(after, old) for after, (_, old) in slow_leaves]
-    errors = [error for _, error in results]
-    compensation = None if slow.compensation is None else treedef.unflatten(errors)
-    return SlowCopy(treedef.unflatten([value for value, _ in results]), compensation), skipped
+    return slow.with_words(afters), skipped
+
+
+def _all_finite(leaves: list[jax.Array], shardings: Shardings) -> jax.Array:
+    groups = placement.group_alike(leaves, shardings)
+    return arithmetic.all_finite(group for group in groups if dtypes.is_inexact(group[0].dtype))
 
 
 _STATIC = ("plan", "names", "shardings")

@@ -47,15 +47,28 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
     return pairs, treedef
 
 
-def call_naming_leaves(call: Callable[[], Result], new: PyTree, old: PyTree, names: Names) -> Result:
+def call_naming_leaves(
+    call: Callable[[], Result],
+    new: PyTree,
+    old: PyTree,
+    names: Names,
+    values: Callable[[], PyTree] | None = None,
+) -> Result:
     """Calls a compiled function of two trees. If jit refuses a leaf, the error names its key path.
 
     jit converts the leaves before it traces the function, so `zip_leaves` inside comes too late.
+
+    Args:
+      call: Calls the function.
+      new: The new tree.
+      old: The old tree, as it is stored.
+      names: The names of both trees in error messages.
+      values: Returns the old tree as the new one must fit it, if it is stored in another way.
     """
     try:
         return call()
     except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot represent
-        zip_leaves(new, old, names)
+        zip_leaves(new, old if values is None else values(), names)
         raise
     except (RuntimeError, ValueError):
         _check_not_deleted(new, names.new)

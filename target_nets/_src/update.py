@@ -8,11 +8,11 @@ from jax.core import Tracer
 
 from target_nets._src import differences, placement, trace, trees
 from target_nets._src.leaves import PyTree
+from target_nets._src.slow_copy import SlowCopy
 from target_nets._src.state import (
     COPY_ALL,
     Count,
     Plan,
-    SlowCopy,
     State,
     check_is_not_abstract,
     check_is_one_target,
@@ -57,12 +57,12 @@ def _advance_counted(state: State, online: PyTree, donate: bool) -> State:
     step = next_count(int(state.step), period)
     slow, skipped = state.slow, state.skipped
     if step % period == 0:
-        # Only schedules need the count, and it takes time to send it to the device.
-        due_before = host_count(step // period - 1) if callable(plan.step_size) else None
+        # It takes time to send the count to the device.
+        due_before = host_count(step // period - 1) if plan.needs_count else None
         arrays = _unwrap_online(online, state)
         slow, skipped = _apply_in_place(plan, arrays, state, due_before, donate)
     elif not state.structure_checked:
-        trees.zip_leaves(_unwrap_online(online, state), slow.params, NAMES)
+        trees.zip_leaves(_unwrap_online(online, state), slow.values(), NAMES)
     return state.after_update(slow, host_count(step), skipped)
 
 

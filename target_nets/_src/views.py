@@ -9,9 +9,9 @@ from jax import lax
 
 from target_nets._src import arithmetic, dtypes, placement, trace, trees
 from target_nets._src.leaves import PyTree
+from target_nets._src.slow_copy import SlowCopy, Word
 from target_nets._src.state import (
     Plan,
-    SlowCopy,
     State,
     check_is_not_abstract,
     check_is_one_target,
@@ -24,7 +24,8 @@ from target_nets._src.update import NAMES
 def read_params(state: State) -> PyTree:
     """Returns the slow parameters as the target's user knows them: their dtypes and nnx objects."""
     params, param_dtypes = state.params, state.settings.param_dtypes
-    if param_dtypes is not None:
+    has_arrays = all(hasattr(x, "dtype") for x in jax.tree.leaves(params))  # not shardings, for example
+    if param_dtypes is not None and has_arrays:
         cast = partial(_cast_params, param_dtypes=param_dtypes)
         is_abstract = isinstance(state.step, jax.ShapeDtypeStruct)
         params = jax.eval_shape(cast, state.slow) if is_abstract else cast(state.slow)
@@ -47,7 +48,11 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
     if trace.is_eager(online, state.params):
         online, _ = placement.match_devices(online, state.params)
     return trees.call_naming_leaves(
-        lambda: _distance(trees.jit_argument(online), state.slow), online, state.params, NAMES
+        lambda: _distance(trees.jit_argument(online), state.slow),
+        online,
+        state.params,
+        NAMES,
+        state.slow.values,
     )
 
 
@@ -67,17 +72,17 @@ def _next_step_size(
 @partial(jax.jit, static_argnames="param_dtypes")
 def _cast_params(slow: SlowCopy, param_dtypes: tuple[dtypes.DType | None, ...]) -> PyTree:
     trees.check_enabled(slow.params, NAMES.old)
-    params, treedef = jax.tree.flatten(slow.params)
-    leaves = zip(params, slow.errors(), param_dtypes, strict=True)
-    return treedef.unflatten([_cast_leaf(x, error, dtype) for x, error, dtype in leaves])
+    stored, treedef = jax.tree.flatten(slow.params)
+    leaves = zip(stored, slow.words(), param_dtypes, strict=True)
+    return treedef.unflatten(
+        [x if dtype is None else _cast_leaf(x, word, dtype) for x, word, dtype in leaves]
+    )
 
 
-def _cast_leaf(stored: jax.Array, error: jax.Array | None, dtype: dtypes.DType | None) -> jax.Array:
+def _cast_leaf(stored: jax.Array, word: Word, dtype: dtypes.DType) -> jax.Array:
     """Returns a slow leaf in this dtype. Its rounding error is added before it is rounded again."""
-    if dtype is None:
-        return stored
-    value, error = placement.to_device_memory((stored, error))
-    if error is not None:
+    value, error = word
+    if error is not None and dtype != value.dtype:
         wide = dtypes.arithmetic_dtype(value.dtype, dtype)
         # Without the `where` a sum with an error of 0 would lose the sign of -0.0.
         value = jnp.where(error == 0, value.astype(wide), value.astype(wide) + error.astype(wide))
@@ -86,9 +91,11 @@ def _cast_leaf(stored: jax.Array, error: jax.Array | None, dtype: dtypes.DType |
 
 @jax.jit
 def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
-    pairs, _ = trees.zip_leaves(online, slow.params, NAMES)
-    leaves = zip(pairs, slow.errors(), strict=True)
-    inexact = [(*pair, error) for pair, error in leaves if dtypes.is_inexact(pair[1].dtype)]
+    words = slow.words()
+    values = jax.tree.structure(slow.params).unflatten([value for value, _ in words])
+    pairs, _ = trees.zip_leaves(online, values, NAMES)
+    leaves = zip(pairs, words, strict=True)
+    inexact = [(new, *word) for (new, _), word in leaves if dtypes.is_inexact(word[0].dtype)]
     wide = [dtypes.arithmetic_dtype(new.dtype, old.dtype) for new, old, _ in inexact]
     dtype = max(map(dtypes.real_dtype, wide), key=lambda dtype: dtype.itemsize, default=jnp.dtype("f4"))
     limit = jnp.finfo(dtype).maxexp  # 128 for float32
@@ -112,7 +119,6 @@ def _distance(online: PyTree, slow: SlowCopy) -> jax.Array:
 def _gap(new: jax.Array, old: jax.Array, error: jax.Array | None) -> jax.Array:
     """Returns online - slow for one leaf, in at least float32."""
     new = placement.match_sharding(new, old)
-    old, error = placement.to_device_memory((old, error))
     dtype = dtypes.arithmetic_dtype(new.dtype, old.dtype)
     gap = arithmetic.cast(new, dtype) - arithmetic.cast(old, dtype)
     return gap if error is None else gap - error.astype(dtype)
