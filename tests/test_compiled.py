@@ -36,7 +36,9 @@ def step_by_hand(params: Any, slow: Any, step: Any) -> Any:
     return params, jax.tree.map(lambda p, q: q + 0.005 * (p - q), params, slow), step + 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulator_dtype": "float32"}, {"donate": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulator_dtype": "float32"}, {"donate": True}, {"compensated": True}]
+)
 def test_an_update_has_as_many_loops_as_by_hand_and_no_copy(settings: Any) -> None:
     ours = operations(
         step_with_target, PARAMS, jax.jit(lambda t: t)(EMATarget(PARAMS, 0.005, **settings))
@@ -50,7 +52,7 @@ def test_a_schedule_and_an_array_as_step_size_need_no_further_loop() -> None:
     for step_size in (jnp.float32(0.005), lambda n: 1 / (n + 10.0)):
         ours = operations(step_with_target, PARAMS, jax.jit(lambda t: t)(EMATarget(PARAMS, step_size)))
         assert ours["copy"] <= 1  # at most one of the step size itself
-        assert 2 * len(SHAPES) < ours["fusion"] <= 2 * len(SHAPES) + 2
+        assert 2 * len(SHAPES) < ours["fusion"] <= 2 * len(SHAPES) + 3  # scalars, beside the leaves
 
 
 def test_between_periods_nothing_is_copied() -> None:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from target_nets._src.checks import INT32_MAX, bool_converter, count_converter
 from target_nets._src.dtypes import DType
-from target_nets._src.leaves import PyTree
+from target_nets._src.leaves import PyTree, TreeDef
 from target_nets._src.slow_copy import SlowCopy
 from target_nets._src.unwrap import NnxObjects
 
@@ -94,7 +94,7 @@ class State(NamedTuple):
       skipped: How many averagings were skipped so far, an int32 scalar. None without `skip_nonfinite`.
       compensation: The rounding errors; see `SlowCopy`.
       step_size: The step size if it is an array, a real scalar, else None.
-      structure_checked: Whether online parameters have been compared with the slow copy. If so, eager
+      treedef: The treedef of `params`, once online parameters have been compared with it. Then eager
         updates between two averagings need not compare them again. It is not a child of the pytree.
     """
 
@@ -104,7 +104,7 @@ class State(NamedTuple):
     skipped: Count | None = None
     compensation: PyTree = None
     step_size: jax.Array | None = None
-    structure_checked: bool = False
+    treedef: TreeDef | None = None
 
     @property
     def slow(self) -> SlowCopy:
@@ -117,7 +117,10 @@ class State(NamedTuple):
 
     def after_update(self, slow: SlowCopy, step: Count, skipped: Count | None) -> "State":
         """Returns the state with what an update has changed."""
-        return State(self.settings, slow.params, step, skipped, slow.compensation, self.step_size, True)
+        treedef = self.treedef or jax.tree.structure(slow.params)
+        return State(
+            self.settings, slow.params, step, skipped, slow.compensation, self.step_size, treedef
+        )
 
 
 def check_is_not_abstract(state: State, method: str) -> None:

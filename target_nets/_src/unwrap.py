@@ -38,18 +38,18 @@ def unwrap_pair(new: PyTree, old: PyTree) -> tuple[PyTree, PyTree]:
 
     Refs among the old leaves stay, and the rule will refuse them.
     """
-    if fits_as_it_is(new, old) and fits_as_it_is(old, new):
+    if fits_as_it_is(new, jax.tree.structure(old)) and fits_as_it_is(old, jax.tree.structure(new)):
         return new, old
     return unwrap(new), unwrap(old, read_refs=False)
 
 
-def fits_as_it_is(new: PyTree, old: PyTree) -> bool:
-    """Whether a tree has the treedef of another one, and jax arrays for leaves, as it usually does.
+def fits_as_it_is(tree: PyTree, treedef: TreeDef) -> bool:
+    """Whether a tree has the treedef of the slow copy, and jax arrays for leaves, as it usually does.
 
     This is on the path of every eager update, and much faster than `unwrap`.
     """
-    leaves, treedef = jax.tree.flatten(new)
-    return treedef == jax.tree.structure(old) and all(map(_is_jax_array_type, set(map(type, leaves))))
+    leaves, found = jax.tree.flatten(tree)
+    return found == treedef and all(map(_is_jax_array_type, set(map(type, leaves))))
 
 
 def _read(leaf: Leaf) -> Leaf:

@@ -61,7 +61,7 @@ def _advance_counted(state: State, online: PyTree, donate: bool) -> State:
         due_before = host_count(step // period - 1) if plan.needs_count else None
         arrays = _unwrap_online(online, state)
         slow, skipped = _apply_in_place(plan, arrays, state, due_before, donate)
-    elif not state.structure_checked:
+    elif state.treedef is None:
         trees.zip_leaves(_unwrap_online(online, state), slow.values(), NAMES)
     return state.after_update(slow, host_count(step), skipped)
 
@@ -75,7 +75,7 @@ def sync(state: State, online: PyTree, *, donate: bool) -> State:
 
 
 def _unwrap_online(online: PyTree, state: State) -> PyTree:
-    if fits_as_it_is(online, state.params):
+    if fits_as_it_is(online, state.treedef or jax.tree.structure(state.params)):
         return online
     return trees.fit_integers(unwrap(online), state.params, NAMES)
 

@@ -43,7 +43,7 @@ def read_step_size(state: State) -> jax.Array:
 def read_distance(state: State, online: PyTree) -> jax.Array:
     """Returns the global L2 norm of online - slow over the inexact leaves."""
     check_is_one_target(state, "distance")
-    if not fits_as_it_is(online, state.params):
+    if not fits_as_it_is(online, jax.tree.structure(state.params)):
         online = trees.fit_integers(unwrap(online), state.params, NAMES)
     if trace.is_eager(online, state.params):
         online, _ = placement.match_devices(online, state.params)
