@@ -26,7 +26,7 @@ from target_nets import serialization as serialization  # registers the classes 
 from target_nets.rules import apply_updates, incremental_update, periodic_update
 from target_nets.targets import EMATarget, PeriodicTarget
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EMATarget",

@@ -1,8 +1,8 @@
 """What quietly goes wrong in slow copies today, library by library: the table at the top of the README.
 
-Each case is a few lines that people write. What comes out of them is printed as it is, with the error's
-name where one is raised. The first column stands for the average written by hand, too: what
-`optax.incremental_update` does is that line.
+Each case is a few lines that people write. The program prints the result as it is, or the name of the
+error. The column of optax is also that of the average written by hand, since
+`optax.incremental_update` is that one line.
 
 python tests/benchmarks/failures.py  # ten seconds
 """
@@ -161,7 +161,7 @@ def main() -> None:
         f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}", end=", "
     )
     print(f"optax {optax.__version__}, target_nets {target_nets.__version__}\n")
-    print("|", " | ".join(["what comes out of", *LIBRARIES]), "|")
+    print("|", " | ".join(["case", *LIBRARIES]), "|")
     print("|---" * (1 + len(LIBRARIES)), "|", sep="")
     for name, case in CASES.items():
         print("|", " | ".join([name, *(outcome(case, x) for x in LIBRARIES.values())]), "|", flush=True)
