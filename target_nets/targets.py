@@ -55,14 +55,19 @@ class EMATarget(Target[P]):
         of BatchNorm. None: all leaves are averaged.
       accumulator_dtype: The floating dtype that averaged leaves are stored in. For complex leaves it is
         the dtype of their parts, at least float32. Values beyond its range become inf. None: a leaf
-        keeps its own dtype, but 8- and 16-bit floats are stored in float32. A bfloat16 average at step
-        size 0.005 would soon get stuck, since small increments are rounded away.
+        keeps its own dtype, but 8- and 16-bit floats are stored in float32. A dtype of less than 32 bits
+        halves that memory, or more. Rounding to nearest would lose small increments, so such averages
+        are rounded stochastically: up or down at random, without bias, with noise of a standard
+        deviation of up to sqrt(1 / (12 * step_size)) units in the last place. The random bits depend on
+        the count of averagings, the leaf and the index of the element alone. So every run of the same
+        updates gives the same bits. In a `shard_map` each device counts the elements of its own shard.
       compensated: Whether to store the rounding error of each average, too, which takes as much memory
         again. Then the average is right to one unit in the last place, at any step size and after any
         number of updates. It is worth the memory for float32 with step sizes below 1e-3. This holds for
         values between 1e-30 / step size and 1e38: below, the rounding errors are denormal numbers, which
         XLA may turn into zeros, and above, differences overflow. With a narrower `accumulator_dtype`,
-        value and error together have twice the precision of that dtype: 16 bits for bfloat16.
+        value and error together have twice the precision of that dtype: 16 bits for bfloat16. They are
+        then rounded to nearest.
       skip_nonfinite: Whether to skip an averaging if an inexact leaf of the online parameters holds inf
         or nan, or if an average would overflow in the dtype that it is stored in. Then the whole slow
         copy stays as it is, and `step` and `skipped` go up by one. The device decides, and the host does
@@ -76,7 +81,8 @@ class EMATarget(Target[P]):
 
     References:
       Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; Lillicrap et
-      al., "Continuous control with deep reinforcement learning", 2015 (target networks).
+      al., "Continuous control with deep reinforcement learning", 2015 (target networks); Gupta et al.,
+      "Deep learning with limited numerical precision", 2015 (stochastic rounding).
 
     Example:
       >>> import jax.numpy as jnp

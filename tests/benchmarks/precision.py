@@ -62,10 +62,12 @@ def scanned(
     return peer
 
 
-def target(**settings: Any) -> Peer:
-    """An `EMATarget`."""
+def target(narrow: bool = False, **settings: Any) -> Peer:
+    """An `EMATarget`. A narrow one has an accumulator in the dtype of the parameters."""
     return scanned(
-        lambda start, step_size: EMATarget(start, step_size, **settings),
+        lambda start, step_size: EMATarget(
+            start, step_size, accumulator_dtype=start.dtype if narrow else None, **settings
+        ),
         lambda slow, x, _: slow.update(x),
         lambda slow: slow.params,
     )
@@ -154,6 +156,7 @@ def torch_peers() -> Iterator[tuple[str, Peer]]:
 JAX_PEERS: dict[str, Peer] = {
     "target_nets": target(),
     "target_nets, compensated": target(compensated=True),
+    "target_nets, 16 bits": target(narrow=True),
     "optax.incremental_update": scanned(
         lambda start, _: start,
         lambda slow, x, step_size: optax.incremental_update(x, slow, step_size),
@@ -185,30 +188,38 @@ def errors(
     return {name: np.abs(x.astype(np.float64) - exact) / unit for name, x in slow.items()}
 
 
+# Blue is ours, and grey are the others.
+OURS, PEERS = "#0072B2", "#777777"
+STYLES = {
+    "target_nets": (OURS, "o-"),
+    "target_nets, compensated": (OURS, "s--"),
+    "target_nets, 16 bits": (OURS, "^:"),
+    "optax.incremental_update": (PEERS, "v-"),
+    "flax.nnx.EMA": (PEERS, "D--"),
+    "torch AveragedModel": (PEERS, "P-"),
+    "ema-pytorch": (PEERS, "X--"),
+    "timm ModelEmaV3": (PEERS, "*:"),
+}
+
+
 def draw(medians: dict[str, dict[str, dict[float, float]]]) -> None:
-    """The medians against the step size, a panel a dtype."""
+    """Draws the medians against the step size, a panel a dtype."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(medians), figsize=(9, 4.2), sharey=True, layout="constrained")
-    for panel, (dtype, lines) in zip(panels, medians.items(), strict=True):
-        for index, (name, line) in enumerate(lines.items()):
-            # Some lines lie on others: every second one is dashed, so that both are seen.
-            width = 2.5 if name.startswith("target_nets") else 1.2
-            style = "--" if index % 2 else "-"
-            panel.loglog(
-                *zip(*line.items(), strict=True),
-                style,
-                marker="os^vDPX"[index],
-                ms=4,
-                lw=width,
-                label=name,
-            )
-        panel.axhline(1, color="0.6", linewidth=0.8)
-        panel.set(title=dtype, xlabel="step size")
+    figure, panels = plt.subplots(1, len(medians), figsize=(9, 4.6), sharey=True, layout="constrained")
+    lines = {}
+    for panel, (dtype, errors) in zip(panels, medians.items(), strict=True):
+        for name, line in errors.items():
+            color, style = STYLES[name]
+            x, y = zip(*line.items(), strict=True)
+            (lines[name],) = panel.loglog(x, y, style, color=color, label=name)
+        panel.axhline(1, color="#222222", linestyle="--", linewidth=0.8)
+        panel.set(title=f"{dtype} parameters", xlabel="step size")
         panel.invert_xaxis()
-    panels[0].set_ylabel("median error, units in the last place")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
+    panels[0].set_ylabel("error, in units in the last place")
+    figure.suptitle("How far an average of noisy parameters is from the exact one")
+    handles = [lines[name] for name in STYLES if name in lines]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(PICTURE, dpi=120)
 
 
@@ -258,10 +269,13 @@ def main() -> None:
             updates = round(20 / step_size)
             if dtype != "float32" and updates > 250_000:
                 continue
-            taking_part = peers if updates <= 250_000 else JAX_PEERS
+            taking_part = dict(peers if updates <= 250_000 else JAX_PEERS)
+            if dtype == "float32":
+                del taking_part["target_nets, 16 bits"]
             for name, error in errors(taking_part, dtype, noise, step_size, updates).items():
                 table[name][step_size] = error
         print(f"{'':26s}" + "".join(f"{step_size:>20.0e}" for step_size in step_sizes))
+        table = {name: row for name, row in table.items() if row}
         for name, row in table.items():
             cells = (f"{np.median(error):.3g} ({error.max():.3g})" for error in row.values())
             print(f"{name:26s}" + "".join(f"{cell:>20s}" for cell in cells))

@@ -44,6 +44,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads are not t
 PICTURE = Path(__file__).parents[2] / "examples" / "figures" / "speed.png"
 STEP_SIZE = 0.005
 Case = Callable[[], Any]  # one update; what it returns is waited for
+UPDATES = 100
+IN_ONE_PROGRAM = f"one of {UPDATES} updates in a program"  # the only case with more than one update
+OURS, PEERS, LIMIT = "#0072B2", "#777777", "#222222"
 Tree = dict[str, jax.Array]
 
 
@@ -103,6 +106,10 @@ def target_nets_cases(online: Tree, start: Tree) -> Iterator[tuple[str, Case]]:
     schedule = optax.linear_schedule(STEP_SIZE, 0.0, 10**6)
     yield "... with a schedule, donate", updating(EMATarget(start, schedule, donate=True))
     yield "... compensated", updating(EMATarget(start, STEP_SIZE, compensated=True))
+    donated = functools.partial(EMATarget, start, STEP_SIZE, donate=True)
+    yield "... compensated, donate", updating(donated(compensated=True))
+    yield "... skip_nonfinite, donate", updating(donated(skip_nonfinite=True))
+    yield "... 16-bit accumulator, donate", updating(donated(accumulator_dtype=jnp.bfloat16))
     held = EMATarget(half, STEP_SIZE, donate=True)
     yield "... bfloat16 online, donate", updating(held, half)
     yield "... its params, cast on reading", lambda: held.params
@@ -130,11 +137,22 @@ def target_nets_cases(online: Tree, start: Tree) -> Iterator[tuple[str, Case]]:
         params = trained(params, gradients)
         return params, jax.tree.map(lambda p, q: q + STEP_SIZE * (p - q), params, slow)
 
-    target = EMATarget(start, STEP_SIZE)
-    state = jax.tree.map(jnp.copy, online), target
-    yield "in a jitted train step", carried(lambda state: with_target(*state, online), state)
+    for name, compensated in (("in a jitted train step", False), ("... compensated", True)):
+        target = EMATarget(start, STEP_SIZE, compensated=compensated)
+        state = jax.tree.map(jnp.copy, online), target
+        yield (
+            name.replace("...", "in a jitted train step,"),
+            carried(lambda state: with_target(*state, online), state),
+        )
     state = jax.tree.map(jnp.copy, (online, start))
     yield "by hand in a jitted train step", carried(lambda state: by_hand(*state, online), state)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def many_updates(target: Any, online: Any) -> Any:
+        return jax.lax.fori_loop(0, UPDATES, lambda _, target: target.update(online), target)
+
+    target = EMATarget(start, STEP_SIZE)
+    yield IN_ONE_PROGRAM, carried(lambda target: many_updates(target, online), target)
 
 
 def carried(step: Callable[[Any], Any], state: Any) -> Case:
@@ -311,7 +329,8 @@ def medians(cases: dict[str, Case], rounds: int, name: str) -> dict[str, float]:
     for _ in tqdm(range(rounds), name, leave=False):
         for case in random.sample(list(cases), len(cases)):
             seconds[case].append(timed(cases[case], calls[case]))
-    return {case: statistics.median(each) for case, each in seconds.items()}
+    updates = {IN_ONE_PROGRAM: UPDATES}
+    return {case: statistics.median(each) / updates.get(case, 1) for case, each in seconds.items()}
 
 
 def timed(call: Case, calls: int) -> float:
@@ -350,46 +369,57 @@ def table(tree: str, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def growth(rounds: int) -> dict[str, dict[int, float]]:
-    """Seconds of an eager donated update by parameters in one array, and by arrays of 256."""
-    found: dict[str, dict[int, float]] = {}
-    for what, sizes in (
-        ("parameters", [4**k for k in range(5, 15)]),
-        ("arrays", [1, 3, 10, 30, 100, 300, 1000, 3000]),
-    ):
-        found[what] = {}
-        for size in sizes:
-            shapes = [(size,)] if what == "parameters" else [(256,)] * size
-            online = tree_of(shapes, 1.0)
-            target = EMATarget(tree_of(shapes, 0.5), STEP_SIZE, donate=True)
-            case = {"": lambda target=target, online=online: target.update(online)}
-            case[""]()
-            found[what][size] = medians(case, rounds, f"{size} {what}")[""]
+    """Seconds of an update by the number of arrays of 256, called from Python and inside a program."""
+    found: dict[str, dict[int, float]] = {"called from Python": {}, "inside a program": {}}
+    for count in (1, 3, 10, 30, 100, 300, 1000):
+        online, start = (tree_of([(256,)] * count, value) for value in (1.0, 0.5))
+        all_cases = dict(target_nets_cases(online, start))
+        names = "EMATarget.update, donate", IN_ONE_PROGRAM
+        cases = {name: all_cases[name] for name in names}
+        for case in cases.values():
+            case()
+        seconds = medians(cases, rounds, f"{count} arrays")
+        for line, name in zip(found, names, strict=True):
+            found[line][count] = seconds[name]
     return found
 
 
-def draw(tables: dict[str, Any], grown: dict[str, dict[int, float]]) -> None:
-    """Bars for the smallest and the largest tree, and how the cost grows."""
+BARS = {
+    "the limit: C, all cores": "the pass in C",
+    "EMATarget.update, donate": "EMATarget, donate",
+    "... 16-bit accumulator, donate": "..., 16-bit accumulator",
+    "... compensated, donate": "..., compensated",
+    "EMATarget.update": "EMATarget",
+    "optax.incremental_update, jit, donated": "optax, jit, donated",
+    "flax.nnx.EMA in nnx.jit": "flax.nnx.EMA in nnx.jit",
+    "torch AveragedModel": "torch AveragedModel",
+    "timm ModelEmaV3": "timm ModelEmaV3",
+    "ema-pytorch": "ema-pytorch",
+    "diffusers EMAModel": "diffusers EMAModel",
+}
+
+
+def draw(cases: dict[str, dict[str, float]], grown: dict[str, dict[int, float]]) -> None:
+    """Draws an update of a large tree beside the limit, and how the cost grows with the arrays."""
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(10, 7.5), layout="constrained")
-    panels = figure.subplot_mosaic([["DQN", "GPT-2"], ["DQN", "GPT-2"], ["parameters", "arrays"]])
-    for tree, unit, scale in (("DQN", "microseconds", 1e6), ("GPT-2", "milliseconds", 1e3)):
-        times = {name: each["seconds"] * scale for name, each in tables[tree].items()}
-        names = sorted(times, key=times.__getitem__, reverse=True)
-        ours = ("EMATarget", "PeriodicTarget", "...", "in a jitted")
-        colours = [
-            "tab:blue" if n.startswith(ours) else "0.2" if "limit" in n else "tab:orange" for n in names
-        ]
-        labels = [name.replace("...", "EMATarget,") for name in names]
-        bars = panels[tree].barh(labels, [times[name] for name in names], color=colours)
-        panels[tree].bar_label(bars, [f"{times[name]:,.3g}" for name in names], fontsize=7, padding=2)
-        panels[tree].set(xscale="log", title=f"{tree}: {unit} an update")
-        panels[tree].margins(x=0.2, y=0.01)
-        panels[tree].tick_params(axis="y", labelsize=7)
-    for what in ("parameters", "arrays"):
-        panels[what].loglog(grown[what].keys(), [1e6 * s for s in grown[what].values()], "o-")
-        panels[what].set(xlabel=what, ylabel="microseconds")
-        panels[what].grid(alpha=0.3)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    shown = {name: label for name, label in reversed(BARS.items()) if name in cases}
+    limit = cases["the limit: C, all cores"]["seconds"]
+    ratios = [cases[name]["seconds"] / limit for name in shown]
+    colors = [LIMIT if "C," in n else OURS if n.startswith(("EMA", "...")) else PEERS for n in shown]
+    bars = left.barh(list(shown.values()), ratios, color=colors)
+    left.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3)
+    left.axvline(1, color=LIMIT, linestyle="--", linewidth=1)
+    left.set(title="124 million parameters: the memory is the limit", xlabel="time, in passes of C")
+    left.margins(x=0.12)
+    for (name, line), style in zip(grown.items(), ("o-", "o--"), strict=True):
+        right.loglog(line.keys(), [1e6 * seconds for seconds in line.values()], style, color=OURS)
+        count, seconds = list(line.items())[-1]
+        right.annotate(name, (count, 1e6 * seconds), (-8, -4), textcoords="offset points", ha="right")
+    right.set(title="Many small arrays cost a call, not an update", xlabel="arrays of 256 parameters")
+    right.set_ylabel("microseconds an update")
+    right.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=120)
 
 
@@ -419,7 +449,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine, "versions": versions, "tables": tables}
     if args.trees == list(TREES):
         found["growth"] = growth(7)
-        draw(tables, found["growth"])
+        draw(tables["GPT-2"], found["growth"])
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 
