@@ -14,7 +14,7 @@ import pytest
 from flax import serialization
 from helpers.comparisons import assert_same
 from helpers.processes import cpu_environment, run_program
-from helpers.targets import harmonic, make_makers
+from helpers.targets import UPDATES, harmonic, make_makers
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -228,6 +228,26 @@ def test_a_compensation_from_inside_jit_is_sharded_as_the_slow_copy_is(axes: Axi
         start.sharding, 2
     )
     assert collectives(lambda t, p: t.update(p), target, start) == set()
+
+
+@on_devices
+@each_mesh
+def test_shards_are_rounded_stochastically_as_the_whole_array_is(axes: AxisType) -> None:
+    def run(online: Any, update: Any) -> Any:
+        start = jax.tree.map(jnp.zeros_like, online)
+        target = EMATarget(start, 0.01, accumulator_dtype="bfloat16", update_period=2)
+        for _ in range(4):
+            target = update(target, online)
+        return target
+
+    online = {"w": VALUES["w"]}
+    expected = jax.device_get(run(jax.tree.map(jnp.asarray, online), UPDATES["eager"]).params)
+    placed = put(online, mesh_of(axes), SHARDED)
+    for update in UPDATES.values():
+        target = run(placed, update)
+        assert_same(jax.device_get(target.params), expected)
+        assert_placed(target, placed)
+    assert collectives(lambda t, p: t.update(p), target, placed) == set()
 
 
 @on_devices

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from target_nets._src.dtypes import DType
+from target_nets._src.placement import match_sharding
 
 
 def leaf_seeds(count: int, due_before: jax.Array) -> list[jax.Array]:
@@ -55,7 +56,7 @@ def round_stochastically(
     # Random bits that are added to them carry with the right probability.
     dropped = wide.nmant - info.nmant
     half = 2 ** (dropped - 1) - 1 + ((words >> dropped) & 1)  # ties go to the even number
-    increment = jnp.where(to_nearest, half, random_bits(x.shape, seed) >> (32 - dropped))
+    increment = jnp.where(to_nearest, half, _random_bits(x, seed) >> (32 - dropped))
     words += jnp.where(lax.is_finite(x), increment, 0)
     if dtype == jnp.bfloat16:  # the upper half of a float32
         return lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), dtype)
@@ -63,11 +64,11 @@ def round_stochastically(
     return jnp.copysign(rounded - shift, x).astype(dtype)
 
 
-def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+def _random_bits(x: jax.Array, seed: jax.Array) -> jax.Array:
     """Returns 32 bits for each element, of which the upper ones are the better ones."""
     # With the seed in one place, the bits of a leaf could be those of another leaf in another order.
     second = (seed ^ (seed >> 16)) * np.uint32(0x9E3779B9)
-    bits = (_element_index(shape) ^ seed) * np.uint32(0x7FEB352D)
+    bits = (_element_index(x) ^ seed) * np.uint32(0x7FEB352D)
     return ((bits ^ (bits >> 15)) + second) * np.uint32(0x846CA68B)
 
 
@@ -78,10 +79,10 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _element_index(shape: tuple[int, ...]) -> jax.Array:
+def _element_index(x: jax.Array) -> jax.Array:
     """Returns the position of each element in the flattened array, modulo 2**32."""
-    index, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
-        stride *= shape[axis]
-    return index
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return match_sharding(index, x)
