@@ -47,6 +47,10 @@ def from_state_dict(target: AnyTarget, saved: Any) -> AnyTarget:
         template = state.with_slow(abstract_apart(state.slow))
     path, children = serialization.current_path(), _saved_children(template)
     _check_keys(children, saved, path)
+    if pairs:
+        params, errors = saved["params"], saved["compensation"]
+        params, errors = _take_saved_apart(params, errors, _nest(template.compensation))
+        saved = {**saved, "params": params, "compensation": errors}
     for name, child in children.items():
         if name in _COUNTERS:
             children[name] = _restore_count(child, saved[name], f"{path}/{name}")
@@ -69,6 +73,35 @@ def _take_apart(state: State) -> State:
         return state
     is_abstract = isinstance(state.step, jax.ShapeDtypeStruct)
     return state.with_slow((abstract_apart if is_abstract else take_apart)(state.slow))
+
+
+def _take_saved_apart(params: Any, errors: Any, template: Any) -> tuple[Any, Any]:
+    """Returns saved parameters and errors, apart. Orbax, without a template, restores pairs.
+
+    Args:
+      params: A saved tree, or a part of it.
+      errors: The same part of the saved rounding errors.
+      template: The same part of the rounding errors of the target, with None where there is none.
+    """
+    if isinstance(template, dict):
+        params, errors = _as_dict(params), _as_dict(errors)
+        if isinstance(params, dict) and isinstance(errors, dict):
+            both = {
+                key: _take_saved_apart(params[key], errors.get(key), template.get(key)) for key in params
+            }
+            apart = ({key: parts[i] for key, parts in both.items()} for i in range(2))
+            return next(apart), errors | next(apart)
+    elif (
+        template is not None and errors is None and getattr(params, "dtype", np.dtype(bool)).kind == "c"
+    ):
+        return params.real, params.imag
+    return params, errors
+
+
+def _as_dict(saved: Any) -> Any:
+    """Returns a list as flax.serialization saves it. Orbax keeps lists."""
+    is_list = isinstance(saved, list)
+    return {str(index): child for index, child in enumerate(saved)} if is_list else saved
 
 
 def _saved_children(state: State) -> dict[str, PyTree]:
@@ -122,8 +155,7 @@ def _restore_tree(template: PyTree, saved: Any, path: str, nnx_objects: NnxObjec
 def _restore_leaves(indices: PyTree, leaves: list[Any], saved: Any, path: str) -> None:
     """Replaces the leaves of the template by the saved ones."""
     if isinstance(indices, dict):
-        if isinstance(saved, list):  # Orbax keeps lists, and flax.serialization does not
-            saved = {str(index): child for index, child in enumerate(saved)}
+        saved = _as_dict(saved)
         _check_keys(indices, saved, path)
         for key, child in indices.items():
             _restore_leaves(child, leaves, saved[key], f"{path}/{key}")
