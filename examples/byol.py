@@ -7,13 +7,12 @@
 
 Read `BYOL` and `train_step` first: one nnx module owns the student, its optimizer and the target, and
 one jitted function trains all three. The student predicts, from one view of an image, what the target
-makes of another view; the target is a moving average of the student. The images are scikit-learn's 1,797
+makes of another view. The target is a moving average of the student. The images are scikit-learn's 1,797
 digits of 8 x 8 pixels. The labels are used for the probes only.
 """
 
 import argparse
 import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,18 @@ from sklearn.manifold import TSNE
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from target_nets import EMATarget, schedules
 
-SIDE = 8
-BATCH = 256
+SIDE, BATCH = 8, 256
 
 
-# The networks
-
-
-def block(inputs: int, outputs: int, rngs: nnx.Rngs) -> list[Any]:
+def block(n: int, m: int, rngs: nnx.Rngs) -> list[Any]:
     """A dense layer with BatchNorm and ReLU."""
-    dense = nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
-    return [dense, nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs), nnx.relu]
+    dense = nnx.Linear(n, m, use_bias=False, rngs=rngs)
+    return [dense, nnx.BatchNorm(m, momentum=0.9, rngs=rngs), nnx.relu]
 
 
 def head(inputs: int, rngs: nnx.Rngs) -> nnx.Sequential:
@@ -57,9 +53,8 @@ class Branch(nnx.Module):
     """Of student and target: images (..., 64) to features (..., 128) to projections (..., 64)."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
-        widths = [SIDE * SIDE, 256, 256, 128]
-        blocks = [block(n, m, rngs) for n, m in itertools.pairwise(widths)]
-        self.encoder = nnx.Sequential(*itertools.chain(*blocks))
+        layers = *block(64, 256, rngs), *block(256, 256, rngs), *block(256, 128, rngs)
+        self.encoder = nnx.Sequential(*layers)
         self.projector = head(128, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -103,6 +98,11 @@ def adam(steps: int) -> optax.GradientTransformation:
     return optax.adamw(learning_rate, weight_decay=1e-4)
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors (..., d) of length 1."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
 @nnx.jit
 def train_step(byol: BYOL, images: jax.Array, key: jax.Array) -> jax.Array:
     """One step of gradient descent, and one of the target after it; returns the loss."""
@@ -118,11 +118,6 @@ def train_step(byol: BYOL, images: jax.Array, key: jax.Array) -> jax.Array:
     byol.optimizer.update(byol.student, grads)
     byol.target.update(nnx.state(byol.student.branch))
     return value
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Vectors (..., d) of length 1."""
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def views(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -166,7 +161,7 @@ def probe(
     def accuracy(rows: np.ndarray) -> float:
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         model.fit(x["train"][rows], labels["train"][rows])
-        return 100 * float(model.score(x["test"], labels["test"]))
+        return 100 * model.score(x["test"], labels["test"])
 
     few = []
     for draw in range(draws):
@@ -188,8 +183,7 @@ class Run:
     """A BYOL, its data, and how far it has come. All random numbers come from the seed and the epoch."""
 
     def __init__(self, seed: int, epochs: int, decay: float = 0.9, predictor: bool = True) -> None:
-        self.settings = {"program": "byol", "seed": seed, "epochs": epochs}
-        self.settings |= {"decay": decay, "predictor": predictor}
+        self.settings = {"seed": seed, "epochs": epochs, "decay": decay, "predictor": predictor}
         images, labels = load_digits(return_X_y=True)
         train, test, train_labels, test_labels = train_test_split(
             np.float32(images / 16), labels, test_size=450, stratify=labels, random_state=seed
@@ -201,8 +195,7 @@ class Run:
 
     def epoch(self) -> None:
         """Trains on every image once, in batches."""
-        number = len(self.losses)
-        images, seed = self.images["train"], self.settings["seed"]
+        images, seed, number = self.images["train"], self.settings["seed"], len(self.losses)
         rows = np.random.default_rng((seed, number)).permutation(len(images))
         batches = rows[: len(rows) // BATCH * BATCH].reshape(-1, BATCH)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(batches))
@@ -215,7 +208,7 @@ class Run:
 
     def probes(self) -> dict[str, tuple[float, float]]:
         """The accuracies of everything that can be compared."""
-        untrained = BYOL(1, 1.0, True, self.settings["seed"]).student.branch
+        untrained = Branch(nnx.Rngs(self.settings["seed"]))
         inputs = {
             "raw pixels": self.images,
             "untrained encoder": self.features(untrained),
@@ -223,10 +216,6 @@ class Run:
             "target encoder": self.features(self.byol.slow()),
         }
         return {name: probe(x, self.labels) for name, x in inputs.items()}
-
-    def spread(self) -> float:
-        """Of the online network's projections of the test images."""
-        return spread(features(self.byol.student.branch, self.images["test"])[1])
 
     def save(self, path: Path) -> None:
         """Writes model, optimizer and target together."""
@@ -245,13 +234,14 @@ class Run:
         self.byol.target, self.losses = target, losses
 
 
+@threadpool_limits.wrap(limits=1)
 def draw(run: Run, probes: dict[str, tuple[float, float]], path: Path) -> None:
     """The loss, the probes, and the target's features of the test images in two dimensions."""
-    figure, axes = plt.subplot_mosaic("lp;tt", figsize=(common.WIDTH, 6.4), height_ratios=(1, 1.4))
+    figure, axes = plt.subplot_mosaic("lp;tt", figsize=(common.WIDTH, 6.4))
     axes["l"].plot(np.arange(1, len(run.losses) + 1), run.losses, color=common.ONLINE)
     axes["l"].set(xlabel="epoch", ylabel="loss", ylim=(0, None), title="The student learns to predict")
-    colors = (common.PEERS, common.PEERS, common.ONLINE, common.OURS)
-    for place, (few, _), color in zip(range(4), probes.values(), colors, strict=True):
+    colors = common.PEERS, common.PEERS, common.ONLINE, common.OURS
+    for place, ((few, _), color) in enumerate(zip(probes.values(), colors, strict=True)):
         axes["p"].plot(few, place, "o", color=color)
         axes["p"].annotate(f"{few:.1f}", (few, place), (0, 6), textcoords="offset points", ha="center")
     axes["p"].set_yticks(range(4), list(probes))
@@ -275,8 +265,8 @@ def program(args: argparse.Namespace) -> None:
         run = Run(args.seed, args.epochs, args.decay, not args.no_predictor)
         if args.resume:
             run.restore(checkpoint)
-        done = len(run.losses)
-        with tqdm(total=args.epochs, initial=done, unit="epoch", desc="byol", disable=None) as bar:
+        with tqdm(total=args.epochs, unit="epoch", desc="byol", disable=None) as bar:
+            bar.update(len(run.losses))
             while len(run.losses) < args.epochs and not interrupted:
                 run.epoch()
                 bar.set_postfix(loss=f"{run.losses[-1]:.3f}")
@@ -289,7 +279,8 @@ def program(args: argparse.Namespace) -> None:
     print(f"{'test accuracy of a linear probe':34s}10 labels a class   all labels")
     for name, (few, everything) in probes.items():
         print(f"{name:34s}{few:15.1f} %{everything:11.1f} %")
-    print(f"spread of the projections: {run.spread():.2f} (0 is a collapse, 1 the most)")
+    width = spread(features(run.byol.student.branch, run.images["test"])[1])
+    print(f"spread of the projections: {width:.2f} (0 is a collapse, 1 the most)")
     print(f"picture: {args.out / 'byol.png'}")
 
 

@@ -25,6 +25,7 @@ import optax
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from target_nets import EMATarget, apply_updates, posthoc, schedules
@@ -113,6 +114,7 @@ def sample(params: Any, key: jax.Array, number: int) -> jax.Array:
 class Judge:
     """The Fréchet distance between samples and the digits, over the features of a classifier."""
 
+    @threadpool_limits.wrap(limits=1)  # the matrices are small: threads would wait for each other
     def __init__(self) -> None:
         digits = load_digits()
         self.images = np.float32(digits.data / 8 - 1)
@@ -127,6 +129,7 @@ class Judge:
         features = np.maximum(np.float64(images) @ weights + biases, 0)
         return features.mean(0), np.cov(features.T)
 
+    @threadpool_limits.wrap(limits=1)
     def distance(self, images: NDArray[np.float32]) -> float:
         """Between normal distributions of the same means and covariances; 0 is the best."""
         (mean, cov), (real_mean, real_cov) = self.statistics(images), self.real

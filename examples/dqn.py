@@ -176,10 +176,7 @@ class Run:
         }
         self._reset()
 
-    @property
-    def step(self) -> int:
-        """Environment steps so far."""
-        return self.replay.size
+    step = property(lambda self: self.replay.size, doc="Environment steps so far.")
 
     def block(self) -> None:
         """Acts for a block of steps, learns, and looks whether that will do."""
@@ -248,9 +245,7 @@ class Run:
 
 def draw(run: Run, target: str, path: Path) -> None:
     """The learning curve: returns, and how far the target lags behind."""
-    figure, (above, below) = plt.subplots(
-        2, sharex=True, figsize=(common.WIDTH, 5), height_ratios=(2, 1)
-    )
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(common.WIDTH, 5))
     returns, scores, distances = (
         np.array(run.history[name]).reshape(-1, 2).T for name in ("returns", "scores", "distances")
     )

@@ -236,7 +236,7 @@ def train(args: argparse.Namespace, stopped: Callable[[], bool], number: int = 0
             manager.save(step, args=ocp.args.StandardSave(state))
             manager.wait_until_finished()
             if number == 0:
-                common.seal(manager.directory / str(step), settings(args))
+                common.seal(args.out / CHECKPOINTS / str(step), settings(args))
     params, slow = state["params"], state["target"].params
     slow = jax.device_put(slow, jax.tree.map(lambda x: x.sharding, params))  # to where it computes
     losses = [float(jax.jit(loss)(tree, jax.random.key(3))) for tree in (params, slow)]
@@ -247,7 +247,6 @@ def train(args: argparse.Namespace, stopped: Callable[[], bool], number: int = 0
 
 def program(args: argparse.Namespace) -> int | None:
     """Trains in this process, or starts several and waits for them; where one fails, all end."""
-    jax.config.update("jax_num_cpu_devices", args.devices)
     with common.interruptible() as interrupted:
         if args.resume:
             common.drop_damaged(args.out / CHECKPOINTS, settings(args))
