@@ -43,11 +43,11 @@ def draw_dqn(runs: Path) -> None:
     left.axhline(475, color=common.LIMIT, linestyle="--")
     left.annotate("solved: 475", (20_000, 470), ha="right", va="top")
     left.set(xlabel="environment steps", ylabel="return of the greedy policy", ylim=(0, 515))
-    left.set_title("Only with a target it learns")
+    left.set_title("It learns only with a target network")
     right.axhline(100, color=common.LIMIT, linestyle="--")
     right.annotate("the largest there can be: 100", (20_000, 120), ha="right", va="bottom")
     right.set(xlabel="environment steps", ylabel="mean predicted value", yscale="log")
-    right.set_title("Without one its values run away")
+    right.set_title("Without one, its values run away")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("DQN on CartPole: median and quartiles of 10 seeds")
     figure.savefig(FIGURES / "dqn.png")
@@ -84,7 +84,7 @@ def draw_byol(runs: Path) -> None:
     for decay, cells in rows.items():
         print(f"| {decay} | {' | '.join(cells)} | {TABLE_5A[decay]} % |")
     axes[0].set(ylabel="accuracy of a probe with\n10 labels a class, %", title="With the predictor")
-    axes[1].set(title="Without it: no target collapses")
+    axes[1].set(title="Without it, a fast target collapses")
     figure.suptitle("BYOL: a faster target is better, if there is a predictor (3 seeds)")
     figure.savefig(FIGURES / "byol-ablation.png")
 

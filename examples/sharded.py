@@ -163,28 +163,29 @@ def measured(width: int, place: str) -> str:
 
 def draw(width: int, path: Path) -> None:
     """Where each part of each array lives: in the memory of which device, or of its host (h)."""
-    trees = {"parameters, each of two moments": init(width, 0)}
-    trees |= {f"slow copy, {place}": slow_copy(init(width, 0), place).params for place in PLACES}
+    trees = {"parameters and\neach Adam moment": init(width, 0)}
+    trees |= {f"slow copy,\n{place}": slow_copy(init(width, 0), place).params for place in PLACES}
     if jax.process_index() > 0:
         return
-    figure, axes = plt.subplots(4, len(trees), figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(4, len(trees), figsize=(common.WIDTH, 6))
+    figure.suptitle("What each device holds (its number), or its host for it (h and its number)")
     colors = plt.get_cmap("viridis")(np.linspace(0.45, 1, jax.device_count()))
     for column, (title, tree) in zip(axes.T, trees.items(), strict=True):
-        column[0].set_title(f"{title}\n{memory(tree):.2f} MiB on each device", fontsize=9)
+        column[0].set_title(f"{title}\n{memory(tree):.2f} MiB a device")
         for axis, name in zip(column, ("embed", "up", "down", "head"), strict=True):
             x, size = tree[name], tree[name].shape[-2:]
             axis.set(xlim=(0, size[1]), ylim=(size[0], 0), xticks=[], yticks=[])
-            axis.set_xlabel(f"{name} {list(x.shape)}", fontsize=8)
+            axis.set_xlabel(f"{name} {list(x.shape)}", fontsize=9)
             host, alike = x.sharding.memory_kind == "pinned_host", x.sharding.is_fully_replicated
             parts = list(x.sharding.devices_indices_map(x.shape).values())
             for number, index in enumerate(parts[:1] if alike else parts):
                 (top, bottom, _), (left, right, _) = map(slice.indices, index[-2:], size)
                 box = plt.Rectangle((left, top), right - left, bottom - top, ec="w")
                 box.set(fc="0.85" if alike else colors[number], alpha=0.35 if host else 1)
-                text = "whole on each device" if alike else f"{'h' * host}{number}"
+                text = "whole\non each device" if alike else f"{'h' * host}{number}"
                 axis.add_patch(box)
                 axis.annotate(text, box.get_center(), ha="center", va="center", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     plt.close(figure)
 
 
