@@ -11,41 +11,31 @@ any such program has: a replay buffer, an environment, a progress bar and a chec
 
 import argparse
 import functools
-import hashlib
-import itertools
-import os
-import shlex
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import common
 import flax.linen as nn
 import gymnasium as gym
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import serialization
 from tqdm import tqdm
 
 from target_nets import EMATarget, PeriodicTarget, apply_updates
 
-mpl.use("agg")  # needs no screen
-import matplotlib.pyplot as plt
-
 ENVIRONMENT = "CartPole-v1"
-SOLVED = 475  # by gymnasium's definition; the longest episode returns 500
+SOLVED = 475  # by gymnasium's definition
 DISCOUNT = 0.99
 BATCH = 64
 BLOCK = 256  # environment steps between two rounds of learning
 GRADIENT_STEPS = 128  # in a round
-MAX_STEPS = 50_000  # where the learning rate reaches 0
+MAX_STEPS = 200 * BLOCK  # where the learning rate reaches 0
 EXPLORATION = optax.linear_schedule(1.0, 0.04, 4_000)  # epsilon, over environment steps
-FORMAT = "target_nets/examples/dqn 1"
+ENOUGH = 495  # the mean return at which training stops; the longest episode returns 500
+NAMES = {"ema": "a moving average", "periodic": "a periodic copy", "none": "no target network"}
 
 
 # The agent
@@ -66,45 +56,32 @@ class QNetwork(nn.Module):
 
 
 class DQNAgent:
-    """A Q-network, its optimizer and its target network."""
+    """A Q-network, its optimizer and its target network, in one state that training changes."""
 
     def __init__(self, target: str, seed: int) -> None:
-        self.params = QNetwork().init(jax.random.key(seed), jnp.zeros(4))
-        learning_rate = optax.linear_schedule(1e-3, 0.0, MAX_STEPS // BLOCK * GRADIENT_STEPS)
-        self.target: EMATarget[Any] | PeriodicTarget[Any] | None = None
-        epsilon = 1e-8
+        params = QNetwork().init(jax.random.key(seed), jnp.zeros(4))
+        slow, epsilon = None, 1e-8
         if target == "ema":
-            self.target, epsilon = EMATarget(self.params, step_size=0.01), 1e-4
+            slow, epsilon = EMATarget(params, step_size=0.01), 1e-4
         elif target == "periodic":
-            self.target = PeriodicTarget(self.params, update_period=128)
+            slow = PeriodicTarget(params, update_period=128)
+        learning_rate = optax.linear_schedule(1e-3, 0.0, MAX_STEPS // BLOCK * GRADIENT_STEPS)
         optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(learning_rate, eps=epsilon))
-        self.opt_state = optimizer.init(self.params)
-        self._train = jax.jit(functools.partial(train, optimizer), donate_argnums=(0, 1, 2))
-
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """The greedy actions (...) at observations (..., 4)."""
-        return np.asarray(greedy(self.params, observations))
+        self.state = {"params": params, "opt_state": optimizer.init(params), "target": slow}
+        self._train = jax.jit(functools.partial(train, optimizer), donate_argnums=0)
 
     def learn(self, batches: dict[str, np.ndarray]) -> float:
         """One gradient step for each of the batches; returns the mean value that they predict."""
-        learned = self._train(self.params, self.opt_state, self.target, batches)
-        self.params, self.opt_state, self.target, values = learned
+        self.state, values = self._train(self.state, batches)
         return float(jnp.mean(values))
 
     def distance(self) -> float:
         """How far the target lags behind."""
-        return 0.0 if self.target is None else float(self.target.distance(self.params))
+        target = self.state["target"]
+        return 0.0 if target is None else float(target.distance(self.state["params"]))
 
 
-@jax.jit
-def greedy(params: Any, observations: jax.Array) -> jax.Array:
-    """The actions of highest value."""
-    return jnp.argmax(QNetwork().apply(params, observations), axis=-1)
-
-
-def train(
-    optimizer: optax.GradientTransformation, params: Any, opt_state: Any, target: Any, batches: Any
-) -> tuple[Any, Any, Any, jax.Array]:
+def train(optimizer: optax.GradientTransformation, state: Any, batches: Any) -> tuple[Any, jax.Array]:
     """A scan over batches, with the target in the carry beside what it follows."""
 
     def loss(params: Any, slow: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -114,18 +91,23 @@ def train(
         goal = batch["reward"] + DISCOUNT * jnp.where(batch["terminated"], 0.0, following)
         return jnp.mean(optax.huber_loss(chosen, jax.lax.stop_gradient(goal))), jnp.mean(values)
 
-    def step(carry: Any, batch: Any) -> tuple[Any, jax.Array]:
-        params, opt_state, target = carry
+    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        params, target = state["params"], state["target"]
         slow = params if target is None else target.params
         (_, value), grads = jax.value_and_grad(loss, has_aux=True)(params, slow, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         params = apply_updates(params, updates)
         if target is not None:
             target = target.update(params)
-        return (params, opt_state, target), value
+        return {"params": params, "opt_state": opt_state, "target": target}, value
 
-    (params, opt_state, target), values = jax.lax.scan(step, (params, opt_state, target), batches)
-    return params, opt_state, target, values
+    return jax.lax.scan(step, state, batches)
+
+
+@jax.jit
+def greedy(params: Any, observations: jax.Array) -> jax.Array:
+    """The actions (...) of highest value at observations (..., 4)."""
+    return jnp.argmax(QNetwork().apply(params, observations), axis=-1)
 
 
 # Experience
@@ -156,13 +138,14 @@ class Replay:
         return {name: array[rows] for name, array in self.arrays.items()}
 
 
-def evaluate(agent: DQNAgent, rng: np.random.Generator, episodes: int) -> np.ndarray:
-    """The returns of the greedy policy over fresh episodes."""
+def evaluate(params: Any, rng: np.random.Generator, episodes: int) -> np.ndarray:
+    """The returns of the greedy policy in fresh episodes."""
     environments = gym.make_vec(ENVIRONMENT, episodes, vectorization_mode="vector_entry_point")
     observations, _ = environments.reset(seed=int(rng.integers(2**31)))
     returns, running = np.zeros(episodes), np.ones(episodes, bool)
     while running.any():
-        observations, rewards, terminated, truncated, _ = environments.step(agent.act(observations))
+        actions = np.asarray(greedy(params, observations))
+        observations, rewards, terminated, truncated, _ = environments.step(actions)
         returns += rewards * running
         running &= ~(terminated | truncated)
     environments.close()
@@ -179,36 +162,40 @@ class Run:
     under way is played again from its seed and actions. So a resumed run is the same run.
     """
 
-    def __init__(self, target: str, seed: int, steps: int) -> None:
-        self.settings = {"target": target, "seed": seed, "steps": steps}
+    def __init__(self, target: str, seed: int) -> None:
+        self.seed = seed
         self.agent = DQNAgent(target, seed)
         self.replay = Replay()
         self.environment = gym.make(ENVIRONMENT)
         self.solved = False
         self.actions: list[int] = []  # of the episode under way
-        self.returns: list[tuple[int, float]] = []  # (step, return) of each episode
-        self.values: list[tuple[int, float]] = []  # (step, mean value that the network predicts)
-        self.distances: list[tuple[int, float]] = []
-        self.scores: list[tuple[int, float]] = []  # of the greedy policy
+        # Pairs of a step and a number: the return of each episode and, after each block, the greedy
+        # policy's mean return, the mean value that the network predicts, the lag of the target.
+        self.history: dict[str, list[tuple[int, float]]] = {
+            name: [] for name in ("returns", "scores", "values", "distances")
+        }
         self._reset()
 
-    @property
-    def step(self) -> int:
-        """Environment steps so far."""
-        return self.replay.size
+    step = property(lambda self: self.replay.size, doc="Environment steps so far.")
 
     def block(self) -> None:
         """Acts for a block of steps, learns, and looks whether that will do."""
-        rng = np.random.default_rng((self.settings["seed"], self.step))
-        for _ in range(min(BLOCK, self.settings["steps"] - self.step)):
+        rng = np.random.default_rng((self.seed, self.step))
+        for _ in range(BLOCK):
             explore = rng.random() < EXPLORATION(self.step)
-            self._act(int(rng.integers(2)) if explore else int(self.agent.act(self.observation)))
-        self.values.append((self.step, self.agent.learn(self.replay.sample(rng, GRADIENT_STEPS))))
-        score = evaluate(self.agent, rng, 10).mean()
-        self.distances.append((self.step, self.agent.distance()))
-        self.scores.append((self.step, float(score)))
-        # DQN on CartPole peaks and falls: stop at a peak that holds on other episodes, too.
-        self.solved = bool(score >= 490 and evaluate(self.agent, rng, 40).mean() >= 490)
+            self._act(
+                int(rng.integers(2))
+                if explore
+                else int(greedy(self.agent.state["params"], self.observation))
+            )
+        value = self.agent.learn(self.replay.sample(rng, GRADIENT_STEPS))
+        score = float(evaluate(self.agent.state["params"], rng, 10).mean())
+        for name, x in {"values": value, "scores": score, "distances": self.agent.distance()}.items():
+            self.history[name].append((self.step, x))
+        # DQN on CartPole peaks and falls. Stop at a peak that holds on many other episodes, too.
+        self.solved = score >= ENOUGH and bool(
+            evaluate(self.agent.state["params"], rng, 200).mean() >= ENOUGH
+        )
 
     def _act(self, action: int) -> None:
         following, reward, terminated, truncated, _ = self.environment.step(action)
@@ -222,216 +209,90 @@ class Run:
         self.observation = following
         self.actions.append(action)
         if terminated or truncated:
-            self.returns.append((self.step, float(len(self.actions))))
+            self.history["returns"].append((self.step, float(len(self.actions))))
             self.actions = []
             self._reset()
 
     def _reset(self) -> None:
-        episode = (self.settings["seed"], len(self.returns))
+        episode = (self.seed, len(self.history["returns"]))
         seed = int(np.random.default_rng(episode).integers(2**31))
         self.observation, _ = self.environment.reset(seed=seed)
 
     def state(self) -> dict[str, Any]:
         """What is saved: plain containers and arrays."""
         return {
-            "format": FORMAT,
-            "settings": self.settings,
-            "params": self.agent.params,
-            "opt_state": self.agent.opt_state,
-            "target": self.agent.target,
+            "agent": self.agent.state,
             "replay": {name: array[: self.step] for name, array in self.replay.arrays.items()},
             "solved": self.solved,
             "actions": np.array(self.actions, np.int32),
-            "returns": np.array(self.returns).reshape(-1, 2),
-            "values": np.array(self.values).reshape(-1, 2),
-            "distances": np.array(self.distances).reshape(-1, 2),
-            "scores": np.array(self.scores).reshape(-1, 2),
+            "history": {name: np.array(x).reshape(-1, 2) for name, x in self.history.items()},
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over what was saved, into a run of the same settings."""
-        # The replay buffer grows, so that its arrays have no shape to be held against.
+        """Takes over what was saved by a run of the same settings."""
+        self.agent.state = common.restore(self.agent.state, saved["agent"])
         for name, array in saved["replay"].items():
             self.replay.arrays[name][: len(array)] = array
             self.replay.size = len(array)
-        agent = {name: getattr(self.agent, name) for name in ("params", "opt_state", "target")}
-        for name, value in serialization.from_state_dict(
-            agent, {key: saved[key] for key in agent}
-        ).items():
-            setattr(self.agent, name, value)
         self.solved = saved["solved"]
-        for name in ("returns", "values", "distances", "scores"):
-            setattr(self, name, [(int(step), float(value)) for step, value in saved[name]])
+        for name, pairs in saved["history"].items():
+            self.history[name] = [(int(step), float(value)) for step, value in pairs]
         self._reset()
         self.actions = [int(action) for action in saved["actions"]]
         for action in self.actions:
             self.observation, *_ = self.environment.step(action)
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint."""
-    saved = serialization.to_state_dict(state)
-    write(serialization.to_bytes({**saved, "checksum": checksum(saved)}), path)
-
-
-def write(content: bytes, path: Path) -> None:
-    """Writes a file so that, whatever happens, the path holds the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:  # a full disk, say: what there is of the new one only takes up room
-        temporary.unlink(missing_ok=True)
-        raise SystemExit(f"cannot save {path}: {error}; what was saved before is as it was") from None
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint; raises ValueError for what is none of this program."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}; train first, without --resume") from None
-    try:
-        saved = serialization.msgpack_restore(content)
-        if saved["format"] != FORMAT:
-            raise ValueError(f"its format is {saved['format']!r}")
-        if saved.pop("checksum") != checksum(saved):
-            raise ValueError("its checksum differs")
-        Run(**saved["settings"]).restore(saved)
-    except Exception as error:  # damaged bytes make decoders stumble in any way
-        raise ValueError(f"{path} is damaged or no checkpoint of this program: {error}") from None
-    return saved
-
-
-def checksum(saved: dict[str, Any]) -> str:
-    """Of what a checkpoint holds: msgpack itself does not notice a flipped bit."""
-    return hashlib.sha256(serialization.msgpack_serialize(saved)).hexdigest()
-
-
-def draw(run: Run, path: Path) -> None:
+def draw(run: Run, target: str, path: Path) -> None:
     """The learning curve: returns, and how far the target lags behind."""
-    figure, (above, below) = plt.subplots(
-        2, sharex=True, figsize=(7, 5), height_ratios=(2, 1), layout="constrained"
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(common.WIDTH, 5))
+    returns, scores, distances = (
+        np.array(run.history[name]).reshape(-1, 2).T for name in ("returns", "scores", "distances")
     )
-    if run.returns:
-        above.plot(*zip(*run.returns, strict=True), ".", color="0.7", label="training episodes")
-    if run.scores:
-        above.plot(*zip(*run.scores, strict=True), color="tab:blue", label="greedy policy, mean of 10")
-    above.axhline(SOLVED, color="tab:green", linestyle="--", linewidth=1, label=f"solved at {SOLVED}")
+    color = {"ema": common.OURS, "periodic": common.COPY, "none": common.ONLINE}[target]
+    above.plot(*returns, ".", color="0.6", label="training episodes")
+    above.plot(*scores, color=color, label="greedy policy, mean of 10 episodes")
+    above.axhline(SOLVED, color=common.LIMIT, linestyle="--", label=f"solved at {SOLVED}")
     above.set(ylabel="return", ylim=(0, 515))
-    above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
-    figure.suptitle(f"DQN on {ENVIRONMENT}, target: {run.settings['target']}")
-    if run.distances:
-        below.plot(*zip(*run.distances, strict=True), color="tab:orange")
-    below.set(xlabel="environment steps", ylabel="|online - target|", ylim=(0, None))
-    figure.savefig(path, dpi=120)
+    above.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    figure.suptitle(f"DQN on {ENVIRONMENT} with {NAMES[target]}")
+    below.plot(*distances, color=color)
+    below.set(xlabel="environment steps", ylabel="distance of the\ntarget (L2 norm)", ylim=(0, None))
+    figure.savefig(path)
     plt.close(figure)
 
 
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C, so that what is under way is finished; a second one is immediate."""
-    signals: list[int] = []
-
-    def remember(number: int, _: Any) -> None:
-        signals.append(number)
-        signal.signal(signal.SIGINT, previous)
-        tqdm.write("interrupted: finishing what is under way, then saving; Ctrl-C again stops at once")
-
-    previous = signal.signal(signal.SIGINT, remember)
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def learn(run: Run, out: Path, interrupted: list[int]) -> None:
-    """Trains until solved, out of steps or interrupted, and saves."""
-    steps = run.settings["steps"]
-    checkpoint = out / "checkpoint.msgpack"
-    with tqdm(total=steps, initial=run.step, unit="step", desc=f"dqn, {run.settings['target']}") as bar:
-        for block in itertools.count(1):
-            if run.step >= steps or run.solved or interrupted:
-                break
-            run.block()
-            recent = np.mean([value for _, value in run.returns[-20:]] or [0])
-            score, value = run.scores[-1][1], run.values[-1][1]
-            bar.set_postfix({"return": f"{recent:.0f}", "greedy": f"{score:.0f}", "Q": f"{value:.3g}"})
-            bar.update(run.step - bar.n)
-            if block % 10 == 0:
-                save(run.state(), checkpoint)
-        save(run.state(), checkpoint)
-    draw(run, out / "learning_curve.png")
-
-
-def within(low: int, high: int) -> Any:
-    """A type of the command line: integers from low to high."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not within {low} to {high}")
-        return value
-
-    return integer
-
-
-def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Deep Q-learning on CartPole-v1.", allow_abbrev=False)
-    parser.add_argument("--target", choices=("ema", "periodic", "none"), help="the target network (ema)")
-    parser.add_argument(
-        "--steps", type=within(1, MAX_STEPS), help=f"environment steps at most ({MAX_STEPS})"
-    )
-    parser.add_argument("--seed", type=within(0, 2**31 - 1), help="of everything random (0)")
-    parser.add_argument(
-        "--out", type=Path, help="folder of checkpoint and picture (runs/dqn-TARGET-SEED)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    return parser, parser.parse_args()
+def program(args: argparse.Namespace) -> None:
+    """Trains until solved, out of steps or interrupted; then evaluates."""
+    settings = {"program": "dqn", "target": args.target, "seed": args.seed}
+    checkpoint = args.out / "checkpoint.msgpack"
+    with common.interruptible() as interrupted:
+        run = Run(args.target, args.seed)
+        if args.resume:
+            with common.restoring(checkpoint, settings) as saved:
+                run.restore(saved)
+        with tqdm(total=args.steps, initial=run.step, unit="step", desc="dqn", disable=None) as bar:
+            while run.step < args.steps and not run.solved and not interrupted:
+                run.block()
+                score, value = (run.history[name][-1][1] for name in ("scores", "values"))
+                bar.set_postfix({"return": f"{score:.0f}", "Q": f"{value:.3g}"})
+                bar.update(BLOCK)
+                if run.step % (10 * BLOCK) == 0:
+                    common.save(checkpoint, settings, **run.state())
+        common.save(checkpoint, settings, **run.state())
+    draw(run, args.target, args.out / "learning_curve.png")
+    print(f"{'solved' if run.solved else 'ended'} after {run.step} steps; picture in {args.out}")
+    returns = evaluate(run.agent.state["params"], np.random.default_rng((args.seed, MAX_STEPS + 1)), 20)
+    print(f"mean return {returns.mean():.1f} over {len(returns)} episodes (solved at {SOLVED})")
 
 
 def main() -> int:
-    parser, args = arguments()
-    settings = {"target": args.target or "ema", "seed": args.seed or 0, "steps": args.steps or MAX_STEPS}
-    out = args.out or Path("runs") / f"dqn-{settings['target']}-{settings['seed']}"
-    saved = None
-    if args.resume:
-        try:
-            saved = load(out / "checkpoint.msgpack")
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        for name in ("target", "seed"):
-            if getattr(args, name) not in (None, saved["settings"][name]):
-                parser.error(
-                    f"--{name}: the checkpoint in {out} has {saved['settings'][name]}; leave it out"
-                )
-        settings = saved["settings"] | ({"steps": args.steps} if args.steps else {})
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out: {out} is no folder, and cannot be made one: {error}")
-    try:
-        with interruptible() as interrupted:
-            run = Run(**settings)
-            if saved is not None:
-                run.restore(saved)
-            learn(run, out, interrupted)
-    except KeyboardInterrupt:
-        print(f"stopped at once; {out} holds what was saved last")
-        return 130
-    ended = "solved" if run.solved else "interrupted" if interrupted else "ended"
-    print(f"{ended} after {run.step} steps; checkpoint and learning curve in {out}")
-    if ended == "interrupted" and run.step < settings["steps"]:
-        again = [sys.executable, sys.argv[0], "--out", str(out), "--resume"]
-        print(f"to go on: {shlex.join(again)}")
-        return 130
-    returns = evaluate(run.agent, np.random.default_rng((settings["seed"], MAX_STEPS + 1)), 20)
-    print(f"mean return {returns.mean():.1f} over {len(returns)} episodes (solved at {SOLVED})")
-    return 0
+    parser = common.parser(__doc__, out="runs/dqn-{target}-{seed}")
+    parser.add_argument("--target", choices=NAMES, default="ema", help="the target network")
+    parser.add_argument(
+        "--steps", type=common.within(1, MAX_STEPS), default=MAX_STEPS, help="most environment steps"
+    )
+    return common.run(parser, program)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """From one device to many: parameters, optimizer and slow copy, each split over all devices (FSDP).
 
-    python examples/sharded.py                      # one process, eight virtual CPU devices
-    python examples/sharded.py --processes 2        # two processes of four devices, started from here
-    python examples/sharded.py --slow host          # where the slow copy lives while it trains
-    python examples/sharded.py --resume --devices 4 # goes on from the checkpoint, on other devices, too
+    python examples/sharded.py                              # one process, eight virtual CPU devices
+    python examples/sharded.py --processes 2 --devices 4    # two processes, started from here
+    python examples/sharded.py --slow host                  # where the slow copy lives
+    python examples/sharded.py --resume --devices 4         # goes on, on other devices, too
 
 Read `train_step` and `slow_copy` first: nothing in the step says how many devices or processes there
 are, or where the slow copy lives. The program measures what each place of the slow copy costs, trains,
@@ -19,18 +19,18 @@ import multiprocessing
 import re
 import signal
 import socket
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from dqn import interruptible, within
 from jax.experimental import multihost_utils
 from jax.lax import with_sharding_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -38,15 +38,13 @@ from tqdm import tqdm
 
 from target_nets import EMATarget
 
-mpl.use("agg")  # needs no screen
-import matplotlib.pyplot as plt
-
 INPUTS, OUTPUTS, LAYERS, BATCH = 64, 64, 4, 256
-SAVE = 25  # steps between two checkpoints
+BLOCK = 25  # steps between two checkpoints
 OPTIMIZER = optax.adam(1e-3)
 PLACES = ("sharded", "replicated", "host")  # for the slow copy
 MIB = 2**20
 WHOLE = PartitionSpec()
+CHECKPOINTS = "checkpoints"
 
 
 # What is trained, and where it lives
@@ -64,12 +62,12 @@ def split(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init(width: int) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init(width: int, seed: int) -> dict[str, jax.Array]:
     """The parameters of a residual network, its layers stacked; no device ever holds all of them."""
     shapes = {"embed": (INPUTS, width), "up": (LAYERS, width, 4 * width)}
     shapes |= {"down": (LAYERS, 4 * width, width), "head": (width, OUTPUTS)}
-    keys = dict(zip(shapes, jax.random.split(jax.random.key(0), len(shapes)), strict=True))
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(seed), len(shapes)), strict=True))
     scales = {name: shape[-2] ** -0.5 for name, shape in shapes.items()}
     return split({name: scales[name] * jax.random.normal(keys[name], shapes[name]) for name in shapes})
 
@@ -116,9 +114,9 @@ def slow_copy(params: Any, place: str) -> EMATarget[Any]:
     return EMATarget(jax.device_put(params, jax.tree.map(sharding, params)), step_size=0.02)
 
 
-def fresh(width: int, place: str) -> dict[str, Any]:
+def fresh(width: int, seed: int, place: str) -> dict[str, Any]:
     """The state to start from: all that training changes, so also all that is saved."""
-    params = init(width)
+    params = init(width, seed)
     target = None if place == "none" else slow_copy(params, place)
     return {"params": params, "opt_state": OPTIMIZER.init(params), "target": target}
 
@@ -152,7 +150,7 @@ def communicated(target: EMATarget[Any], params: Any) -> float:
 
 def measured(width: int, place: str) -> str:
     """A row of the table: how long a step takes, and after it where the slow copy is."""
-    state, times = fresh(width, place), []
+    state, times = fresh(width, 0, place), []
     for _ in range(21):
         start = time.perf_counter()
         state, _ = jax.block_until_ready(train_step(state, jax.random.key(0)))
@@ -165,40 +163,41 @@ def measured(width: int, place: str) -> str:
 
 def draw(width: int, path: Path) -> None:
     """Where each part of each array lives: in the memory of which device, or of its host (h)."""
-    trees = {"parameters, each of two moments": init(width)}
-    trees |= {f"slow copy, {place}": slow_copy(init(width), place).params for place in PLACES}
+    trees = {"parameters and\neach Adam moment": init(width, 0)}
+    trees |= {f"slow copy,\n{place}": slow_copy(init(width, 0), place).params for place in PLACES}
     if jax.process_index() > 0:
         return
-    figure, axes = plt.subplots(4, len(trees), figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(4, len(trees), figsize=(common.WIDTH, 6))
+    figure.suptitle("What each device holds (its number), or its host for it (h and its number)")
     colors = plt.get_cmap("viridis")(np.linspace(0.45, 1, jax.device_count()))
     for column, (title, tree) in zip(axes.T, trees.items(), strict=True):
-        column[0].set_title(f"{title}\n{memory(tree):.2f} MiB on each device", fontsize=9)
+        column[0].set_title(f"{title}\n{memory(tree):.2f} MiB a device")
         for axis, name in zip(column, ("embed", "up", "down", "head"), strict=True):
             x, size = tree[name], tree[name].shape[-2:]
             axis.set(xlim=(0, size[1]), ylim=(size[0], 0), xticks=[], yticks=[])
-            axis.set_xlabel(f"{name} {list(x.shape)}", fontsize=8)
+            axis.set_xlabel(f"{name} {list(x.shape)}", fontsize=9)
             host, alike = x.sharding.memory_kind == "pinned_host", x.sharding.is_fully_replicated
             parts = list(x.sharding.devices_indices_map(x.shape).values())
             for number, index in enumerate(parts[:1] if alike else parts):
                 (top, bottom, _), (left, right, _) = map(slice.indices, index[-2:], size)
                 box = plt.Rectangle((left, top), right - left, bottom - top, ec="w")
                 box.set(fc="0.85" if alike else colors[number], alpha=0.35 if host else 1)
-                text = "whole on each device" if alike else f"{'h' * host}{number}"
+                text = "whole\non each device" if alike else f"{'h' * host}{number}"
                 axis.add_patch(box)
                 axis.annotate(text, box.get_center(), ha="center", va="center", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     plt.close(figure)
 
 
 # The run
 
 
-def folder(args: argparse.Namespace) -> Path:
-    """Of the checkpoints."""
-    return args.out.absolute() / f"width-{args.width}"
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run that goes on must have as before."""
+    return {"program": "sharded", "seed": args.seed, "width": args.width}
 
 
-def run(args: argparse.Namespace, number: int = 0, port: int = 0) -> None:
+def train(args: argparse.Namespace, stopped: Callable[[], bool], number: int = 0, port: int = 0) -> None:
     """What each of the processes does."""
     jax.config.update("jax_num_cpu_devices", args.devices)
     if args.processes > 1:
@@ -208,75 +207,83 @@ def run(args: argparse.Namespace, number: int = 0, port: int = 0) -> None:
     jax.set_mesh(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)))
     say = print if number == 0 else lambda *_: None
 
-    state, step = fresh(args.width, args.slow), 0
+    def all_stopped() -> bool:
+        return bool(multihost_utils.broadcast_one_to_all(np.array(stopped())))
+
+    state, step = fresh(args.width, args.seed, args.slow), 0
     sizes = ", ".join(f"{memory(state[name]):.2f} MiB of {name}" for name in ("params", "opt_state"))
     say(f"{args.processes} processes, {jax.device_count()} devices, on each {sizes}")
     if not args.resume:
         say("slow copy        on a device    on its host for it   received in an update    train step")
         for place in ("none", *PLACES):
-            say(measured(args.width, place))
+            if not all_stopped():
+                say(measured(args.width, place))
         draw(args.width, args.out / "sharded.png")
 
-    manager = ocp.CheckpointManager(folder(args), options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    bar = tqdm(total=args.steps, unit="step", disable=number > 0)
-    with manager, interruptible() as interrupted, bar:
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    bar = tqdm(total=args.steps, unit="step", disable=number > 0 or None)
+    with ocp.CheckpointManager(args.out / CHECKPOINTS, options=options) as manager, bar:
         if args.resume:
             step = manager.latest_step()
             state = manager.restore(step, args=ocp.args.StandardRestore(state))
         bar.update(step)
-        while step < args.steps:
-            state, value = train_step(state, jax.random.fold_in(jax.random.key(2), step))
-            step += 1
-            bar.update()
-            if step % SAVE == 0 or step == args.steps:
-                manager.save(step, args=ocp.args.StandardSave(state))
-                bar.set_postfix(loss=f"{value:.3f}")
-                if multihost_utils.broadcast_one_to_all(np.array(len(interrupted))):
-                    break  # all processes after the same step
+        while step < args.steps and not all_stopped():
+            for _ in range(BLOCK):
+                key = jax.random.fold_in(jax.random.key(args.seed + 2), step)
+                state, value = train_step(state, key)
+                step += 1
+                bar.update()
+            bar.set_postfix(loss=f"{value:.3f}")
+            manager.save(step, args=ocp.args.StandardSave(state))
+            manager.wait_until_finished()
+            if number == 0:
+                common.seal(args.out / CHECKPOINTS / str(step), settings(args))
     params, slow = state["params"], state["target"].params
     slow = jax.device_put(slow, jax.tree.map(lambda x: x.sharding, params))  # to where it computes
     losses = [float(jax.jit(loss)(tree, jax.random.key(3))) for tree in (params, slow)]
     say(f"loss on fresh data after {step} steps: online {losses[0]:.4f}, slow copy {losses[1]:.4f}")
     if args.processes > 1:
         jax.distributed.shutdown()  # once all have come here
-    if number == 0 and step < args.steps:
-        sys.exit(130)
 
 
-def start(args: argparse.Namespace) -> int:
-    """Runs it in several processes and waits for them; where one fails, the others end with this one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    numbers = range(args.processes)
-    started = [spawn.Process(target=run, args=(args, n, port), daemon=True) for n in numbers]
-    for process in started:
-        process.start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they heed a Ctrl-C, the first for all
-    while any(process.is_alive() for process in started) and not any(p.exitcode for p in started):
-        time.sleep(0.1)
-    return next((process.exitcode for process in started if process.exitcode), 0)
+def program(args: argparse.Namespace) -> int | None:
+    """Trains in this process, or starts several and waits for them; where one fails, all end."""
+    with common.interruptible() as interrupted:
+        if args.resume:
+            common.drop_damaged(args.out / CHECKPOINTS, settings(args))
+        if args.processes == 1:
+            return train(args, lambda: bool(interrupted))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        spawn = multiprocessing.get_context("spawn")
+        stop = spawn.Event()
+        arguments = [(args, stop.is_set, number, port) for number in range(args.processes)]
+        started = [spawn.Process(target=train, args=each, daemon=True) for each in arguments]
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the processes inherit
+        for process in started:
+            process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while any(process.is_alive() for process in started):
+            if interrupted:
+                stop.set()
+            if code := next((process.exitcode for process in started if process.exitcode), 0):
+                return code
+            time.sleep(0.1)
+    return 0
 
 
-def main() -> int | None:
-    parser = argparse.ArgumentParser(description="A sharded model with a slow copy.", allow_abbrev=False)
-    parser.add_argument("--processes", type=within(1, 16), default=1, help="on virtual CPU devices (1)")
-    parser.add_argument("--devices", type=within(1, 64), help="virtual CPU devices of each (8 in all)")
+def main() -> int:
+    parser = common.parser(__doc__, out="runs/sharded-{width}-{seed}")
+    number = common.within(1, 10**6)
+    parser.add_argument("--steps", type=number, default=200, help="train steps, in blocks of 25")
+    parser.add_argument("--width", type=common.within(1, 2**14), default=256, help="of the network")
     parser.add_argument("--slow", choices=PLACES, default="sharded", help="where the slow copy lives")
-    parser.add_argument("--steps", type=within(1, 10**6), default=200, help="how long to train (200)")
-    parser.add_argument("--width", type=within(1, 2**14), default=256, help="of the network (256)")
-    parser.add_argument("--out", type=Path, default=Path("runs/sharded"), help="folder (runs/sharded)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    args = parser.parse_args()
-    args.devices = args.devices or max(1, 8 // args.processes)
-    if BATCH % (args.processes * args.devices):
-        parser.error(f"--devices: {BATCH} samples do not split over {args.processes * args.devices}")
-    saved = any(path.name.isdigit() for path in folder(args).glob("*"))
-    if saved != args.resume:
-        parser.error(f"--out: {folder(args)} holds {'a run: --resume it' if saved else 'no checkpoint'}")
-    folder(args).mkdir(parents=True, exist_ok=True)
-    return start(args) if args.processes > 1 else run(args)
+    parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=1, help="how many")
+    parser.add_argument(
+        "--devices", type=int, choices=(1, 2, 4, 8, 16), default=8, help="virtual CPU devices of each"
+    )
+    return common.run(parser, program, CHECKPOINTS)
 
 
 if __name__ == "__main__":

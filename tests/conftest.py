@@ -8,7 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from typing import Any
 
 import pytest
+from threadpoolctl import threadpool_limits
 
+threadpool_limits(1)  # of what a plugin of pytest has loaded before
 pytest.register_assert_rewrite("helpers")  # before they are imported
 
 from helpers.compilations import count_compilations  # noqa: E402

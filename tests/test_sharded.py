@@ -21,7 +21,7 @@ from helpers.comparisons import assert_same
 from helpers.processes import cpu_environment
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "sharded.py"
-FOLDER = "width-64"
+FOLDER = "checkpoints"
 WHOLE = (2 * 64 * 64 + 2 * 4 * 64 * 256) * 4 / 2**20  # MiB of the parameters
 
 
@@ -93,34 +93,50 @@ def test_a_run_resumed_with_the_slow_copy_elsewhere_equals_an_uninterrupted_one(
     assert saved(out, 50)["target"]["step"] == 50
 
 
-def test_two_processes_resume_the_run_and_stop_together_at_ctrl_c(
+def test_two_processes_fall_back_to_an_intact_checkpoint_and_stop_together_at_ctrl_c(
     uninterrupted: tuple[Path, str], tmp_path: Path
 ) -> None:
-    shutil.copytree(uninterrupted[0] / FOLDER / "50", tmp_path / FOLDER / "50")
+    checkpoints = tmp_path / FOLDER
+    shutil.copytree(uninterrupted[0] / FOLDER, checkpoints)
+    largest = max((checkpoints / "50" / "default").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1  # which Orbax does not notice
+    largest.write_bytes(content)
     settings = ("--processes", 2, "--devices", 1, "--resume", "--steps", 10**6, "--out", tmp_path)
     with running(*settings) as program:
-        end = time.monotonic() + 60
-        while not (tmp_path / FOLDER / "75").exists() and program.poll() is None:
+        end = time.monotonic() + 90
+        while not (checkpoints / "75" / "seal.json").exists() and program.poll() is None:
             assert time.monotonic() < end
             time.sleep(0.01)
         os.killpg(program.pid, signal.SIGINT)
-        out, errors = program.communicate(timeout=60)
+        out, errors = program.communicate(timeout=90)
         assert program.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert f"{checkpoints / '50'} is damaged; going on from step 25" in out
     last = int(re.findall(r"after (\d+) steps: online", out)[0])
     assert last >= 75
     assert saved(tmp_path, last)["target"]["step"] == last
+    assert re.search(r"^stopped; to go on: .* --resume$", out, re.MULTILINE)
 
 
 def test_bad_arguments(
-    uninterrupted: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: Any
+    uninterrupted: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    out = str(uninterrupted[0])
     for args, message in {
-        ("--devices", "3"): "--devices: 256 samples do not split over 3",
+        ("--devices", "3"): "--devices: invalid choice: 3",
         ("--slow", "disk"): "--slow: invalid choice: 'disk'",
-        ("--width", "64", "--out", str(uninterrupted[0])): "holds a run: --resume it",
-        ("--out", "nowhere", "--resume"): "holds no checkpoint",
+        ("--width", "64", "--out", out): "holds a run; --resume it",
+        ("--out", "nowhere", "--resume"): "--resume: there is no checkpoint",
     }.items():
         monkeypatch.setattr(sys, "argv", ["sharded.py", *args])
         with pytest.raises(SystemExit, match="2"):
             sharded.main()
         assert message in capfd.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["sharded.py", "--width", "32", "--out", out, "--resume"])
+    with pytest.raises(SystemExit, match=r"50 is of another run: its width is 64, not 32$"):
+        sharded.main()
+    (tmp_path / FOLDER / "25").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["sharded.py", "--out", str(tmp_path), "--resume"])
+    with pytest.raises(SystemExit, match=f"^{tmp_path / FOLDER} holds no intact checkpoint$"):
+        sharded.main()
