@@ -204,7 +204,7 @@ def check(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
     """Ends the program if a checkpoint is of other settings."""
     for name, value in settings.items():
         if found[name] != value:
-            raise SystemExit(f"{path} is of another run: its {name} is {found[name]}, not {value}")
+            raise SystemExit(f"{path} is of another run, with {name} {found[name]}, not {value}")
 
 
 def checksum(content: bytes) -> str:

@@ -126,7 +126,7 @@ def test_the_program(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
     assert list(accuracy) == ["raw pixels", "untrained encoder", "online encoder", "target encoder"]
     assert accuracy["target encoder"] > accuracy["untrained encoder"] + 3  # after 12 of 200 epochs
     assert (tmp_path / "byol.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit, match=r"is of another run: its decay is 0\.9, not 0\.99$"):
+    with pytest.raises(SystemExit, match=r"is of another run, with decay 0\.9, not 0\.99$"):
         main(monkeypatch, *settings, "--resume", "--decay", 0.99)
     (tmp_path / "checkpoint.msgpack").write_bytes(b"nonsense")
     with pytest.raises(SystemExit, match=r"checkpoint\.msgpack is damaged, or no checkpoint"):

@@ -140,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_used(
 def test_settings_of_another_run(
     uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match=r"is of another run: its seed is 3, not 4$"):
+    with pytest.raises(SystemExit, match=r"is of another run, with seed 3, not 4$"):
         main(monkeypatch, "--resume", "--out", uninterrupted("ema"), "--seed", 4)
 
 

@@ -134,7 +134,7 @@ def test_bad_arguments(
             sharded.main()
         assert message in capfd.readouterr().err
     monkeypatch.setattr(sys, "argv", ["sharded.py", "--width", "32", "--out", out, "--resume"])
-    with pytest.raises(SystemExit, match=r"50 is of another run: its width is 64, not 32$"):
+    with pytest.raises(SystemExit, match=r"50 is of another run, with width 64, not 32$"):
         sharded.main()
     (tmp_path / FOLDER / "25").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["sharded.py", "--out", str(tmp_path), "--resume"])
