@@ -78,14 +78,18 @@ def own_host_arrays(tree: Tree) -> Tree:
     return jax.tree.map(own, tree) if has_host_arrays else tree
 
 
-def match_devices(online: Tree, slow: PyTree) -> tuple[Tree, Shardings]:
+def match_devices(online: Tree, slow: PyTree, leaves: Sequence[jax.Array]) -> tuple[Tree, Shardings]:
     """Moves those online arrays that jit cannot combine with the slow ones.
+
+    Args:
+      online: The online tree.
+      slow: The slow tree.
+      leaves: The leaves of the slow tree.
 
     Returns:
       The online tree, and the shardings over meshes of the slow arrays: one for each leaf, or None if no
       leaf has one.
     """
-    leaves = jax.tree.leaves(slow)
     if not any(getattr(x, "committed", False) for x in leaves):
         return online, None
     if jax.tree.structure(online) == jax.tree.structure(slow):  # else `zip_leaves` will say it
@@ -95,9 +99,11 @@ def match_devices(online: Tree, slow: PyTree) -> tuple[Tree, Shardings]:
     return online, named if any(named) else None
 
 
-def copy_shared(online: Tree, slow: PyTree) -> Tree:
-    """Returns the online tree with copies of those arrays that are the slow ones themselves."""
-    shared = set(map(id, jax.tree.leaves(slow)))
+def copy_shared(online: Tree, slow: Sequence[jax.Array]) -> Tree:
+    """Returns the online tree with copies of those arrays that are slow ones themselves."""
+    shared = set(map(id, slow))
+    if shared.isdisjoint(map(id, jax.tree.leaves(online))):
+        return online
     return jax.tree.map(lambda x: jnp.copy(x) if id(x) in shared else x, online)
 
 

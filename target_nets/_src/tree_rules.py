@@ -54,12 +54,12 @@ def apply_plan(
       The new slow copy and the new count of skipped averagings.
     """
     compiled = _compiled_donating if donate else _compiled
-
-    def call() -> tuple[SlowCopy, Count | None]:
-        scalars = skipped, step_size, due_before
+    scalars = skipped, step_size, due_before
+    try:
         return compiled(trees.jit_argument(online), slow, *scalars, plan, names, shardings)
-
-    return trees.call_naming_leaves(call, online, slow.params, names, slow.values)
+    except trees.JIT_ERRORS as error:
+        trees.raise_naming_leaf(error, online, slow.params, names, slow.values)
+        raise
 
 
 def apply_plan_to_tensors(
@@ -102,10 +102,11 @@ def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree,
     """Calls a compiled rule with the arrays of two trees, and returns a tree like the old one."""
     new_arrays, old_arrays = _unwrap(new, old, names)
 
-    def call() -> PyTree:
-        return rule(trees.jit_argument(new_arrays), trees.jit_argument(old_arrays))
-
-    result = trees.call_naming_leaves(call, new_arrays, old_arrays, names)
+    try:
+        result = rule(trees.jit_argument(new_arrays), trees.jit_argument(old_arrays))
+    except trees.JIT_ERRORS as error:
+        trees.raise_naming_leaf(error, new_arrays, old_arrays, names)
+        raise
     return result if old_arrays is old else rewrap(result, find_nnx_objects(old))
 
 

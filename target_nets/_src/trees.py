@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,6 @@ from target_nets._src.leaves import (
     find_misfit,
     leaf_path,
 )
-
-Result = TypeVar("Result")
 
 _CONFIG: Any = jax.config  # jax's annotations do not list its settings
 
@@ -47,33 +45,33 @@ def zip_leaves(new: PyTree, old: PyTree, names: Names) -> tuple[list[tuple[Leaf,
     return pairs, treedef
 
 
-def call_naming_leaves(
-    call: Callable[[], Result],
+# What a compiled function may raise about its arguments.
+JIT_ERRORS = (TypeError, OverflowError, RuntimeError, ValueError)
+
+
+def raise_naming_leaf(
+    error: Exception,
     new: PyTree,
     old: PyTree,
     names: Names,
     values: Callable[[], PyTree] | None = None,
-) -> Result:
-    """Calls a compiled function of two trees. If jit refuses a leaf, the error names its key path.
+) -> None:
+    """Raises an error with the key path of the leaf that a compiled function has refused, if any.
 
     jit converts the leaves before it traces the function, so `zip_leaves` inside comes too late.
 
     Args:
-      call: Calls the function.
+      error: One of `JIT_ERRORS`.
       new: The new tree.
       old: The old tree, as it is stored.
       names: The names of both trees in error messages.
       values: Returns the old tree as the new one must fit it, if it is stored in another way.
     """
-    try:
-        return call()
-    except (TypeError, OverflowError):  # OverflowError: a Python integer that jax cannot represent
+    if isinstance(error, TypeError | OverflowError):  # a Python integer that jax cannot represent
         zip_leaves(new, old if values is None else values(), names)
-        raise
-    except (RuntimeError, ValueError):
+    else:
         _check_not_deleted(new, names.new)
         _check_not_deleted(old, names.old)
-        raise
 
 
 def _check_not_deleted(tree: PyTree, name: str) -> None:

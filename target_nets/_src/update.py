@@ -86,9 +86,10 @@ def _apply_in_place(
     """Applies a plan where the slow copy is placed, and leaves the results there."""
     shardings = None
     if eager := trace.is_eager(online, state.params):
-        online, shardings = placement.match_devices(online, state.params)
+        leaves = jax.tree.leaves(state.params)
+        online, shardings = placement.match_devices(online, state.params, leaves)
         if donate:
-            online = placement.copy_shared(online, state.params)
+            online = placement.copy_shared(online, leaves)
     else:
         donate = False  # the user's jit decides whose memory it reuses
     slow, skipped = apply_plan(

@@ -46,14 +46,12 @@ def read_distance(state: State, online: PyTree) -> jax.Array:
     if not fits_as_it_is(online, jax.tree.structure(state.params)):
         online = trees.fit_integers(unwrap(online), state.params, NAMES)
     if trace.is_eager(online, state.params):
-        online, _ = placement.match_devices(online, state.params)
-    return trees.call_naming_leaves(
-        lambda: _distance(trees.jit_argument(online), state.slow),
-        online,
-        state.params,
-        NAMES,
-        state.slow.values,
-    )
+        online, _ = placement.match_devices(online, state.params, jax.tree.leaves(state.params))
+    try:
+        return _distance(trees.jit_argument(online), state.slow)
+    except trees.JIT_ERRORS as error:
+        trees.raise_naming_leaf(error, online, state.params, NAMES, state.slow.values)
+        raise
 
 
 @partial(jax.jit, static_argnames=("plan", "period"))
