@@ -97,10 +97,11 @@ def lerp(
     if jnp.iscomplexobj(old):
         real = lerp(jnp.real(new), jnp.real(old), weights)
         return lax.complex(real, lerp(jnp.imag(new), jnp.imag(old), weights))
-    _, is_end, doubled = used = weights[arithmetic_dtype(new.dtype, old.dtype)]
-    near, far = used.order(cast(new, doubled.dtype), cast(old, doubled.dtype))
+    dtype = arithmetic_dtype(new.dtype, old.dtype)
+    near, far = weights[dtype].order(cast(new, dtype), cast(old, dtype))
+    is_end, average = weights[dtype].is_end, interpolate(near, far, weights[dtype].doubled)
     # The copy gives the result memory of its own even where nothing is compiled.
-    average = choose(is_end, jnp.copy(near), interpolate(near, far, doubled))
+    average = choose(is_end, jnp.copy(near), average)
     if seed is None:
         return average.astype(old.dtype)
     return round_stochastically(average, old.dtype, seed, to_nearest=is_end)

@@ -101,7 +101,6 @@ def _unwrap(new: PyTree, old: PyTree, names: Names) -> tuple[PyTree, PyTree]:
 def _call_rule(rule: Callable[[PyTree, PyTree], PyTree], new: PyTree, old: Tree, names: Names) -> Tree:
     """Calls a compiled rule with the arrays of two trees, and returns a tree like the old one."""
     new_arrays, old_arrays = _unwrap(new, old, names)
-
     try:
         result = rule(trees.jit_argument(new_arrays), trees.jit_argument(old_arrays))
     except trees.JIT_ERRORS as error:

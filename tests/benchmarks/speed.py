@@ -433,8 +433,8 @@ def draw(cases: dict[str, dict[str, float]], grown: dict[str, dict[int, float]])
     ratios = [cases[name]["seconds"] / limit for name in shown]
     colors = [LIMIT if "C," in n else OURS if n.startswith(("EMA", "...")) else PEERS for n in shown]
     bars = left.barh(list(shown.values()), ratios, color=colors)
-    left.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3)
-    left.axvline(1, color=LIMIT, linestyle="--", linewidth=1)
+    left.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=6)
+    left.axvline(1, color=LIMIT, linestyle="--", linewidth=1, zorder=0)
     left.set(title="124 million parameters: the memory is the limit", xlabel="time, in passes of C")
     left.margins(x=0.12)
     for (name, line), style in zip(grown.items(), ("o-", "o--"), strict=True):
