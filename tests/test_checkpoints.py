@@ -426,7 +426,9 @@ def test_the_template_decides_the_placement() -> None:
 @pytest.mark.parametrize("settings", [{}, {"compensated": True}])
 def test_what_orbax_restores_without_a_template_is_a_state_dict(settings: Any, tmp_path: Path) -> None:
     params = {"w": jnp.ones(3), "layers": [jnp.zeros(2), {"b": jnp.ones(1)}], "c": jnp.ones(2, complex)}
-    make = partial(EMATarget, step_size=0.3, mask={"w": True, "layers": True, "c": False}, **settings)
+    mask = {"w": True, "layers": True, "c": False, "key": True}
+    make = partial(EMATarget, step_size=0.3, mask=mask, **settings)
+    params["key"] = jax.random.key(0)
     target = make(params).update(perturb(params))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", {"target": target})

@@ -20,7 +20,7 @@ PAGES = {
 }
 README, MOVING_OVER = PAGES["README.md"], PAGES["examples/moving_over.md"]
 # The sections whose code all other sections of the same page start from.
-SETUPS = ("Install, and ten lines", "In your program", "Setup")
+SETUPS = ("Install, and a first example", "In your program", "Setup")
 
 
 def without_code(text: str) -> str:

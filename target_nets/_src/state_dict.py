@@ -166,6 +166,8 @@ def _restore_leaves(indices: PyTree, leaves: list[Any], saved: Any, path: str) -
 
 
 def _restore_leaf(leaf: Any, saved: Leaf, path: str) -> jax.Array:
+    if isinstance(saved, jax.Array) and saved.dtype == leaf.dtype:
+        saved = _key_data(saved)  # Orbax restores keys
     wanted = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf.dtype) else leaf
     got = saved if isinstance(saved, jax.Array) or not _is_number(saved) else np.asarray(saved)
     if type(saved) is int and kind_of(wanted.dtype) == Kind.INTEGER:
