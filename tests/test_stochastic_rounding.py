@@ -160,3 +160,14 @@ def test_it_goes_with_the_other_settings(settings: Any) -> None:
     if settings.get("update_period"):
         plain = make(start, 0.01).update(online).update(online)
     assert_same(target.params, plain.params)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_its_derivative_is_that_of_the_average(dtype: str) -> None:
+    target = make({"w": jnp.ones(3)}, jnp.float32(0.25), dtype)
+
+    def total(online: Any) -> jax.Array:
+        return target.updated({"w": online}).params["w"].sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.full(3, 1.5)), 0.25)
+    np.testing.assert_allclose(jax.jvp(total, (jnp.full(3, 1.5),), (jnp.ones(3),))[1], 0.75)

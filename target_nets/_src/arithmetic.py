@@ -104,7 +104,7 @@ def lerp(
     average = choose(is_end, jnp.copy(near), average)
     if seed is None:
         return average.astype(old.dtype)
-    return round_stochastically(average, old.dtype, seed, to_nearest=is_end)
+    return round_stochastically(average, old.dtype, seed, is_end)
 
 
 @jax.custom_jvp

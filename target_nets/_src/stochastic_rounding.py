@@ -10,6 +10,8 @@ References:
   function prospecting", 2018, https://nullprogram.com/blog/2018/07/31/ (the constants of the hash).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ def leaf_seeds(count: int, due_before: jax.Array) -> list[jax.Array]:
     return lax.fori_loop(0, 4, advance, [jnp.uint32(leaf) for leaf in range(count)])
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def round_stochastically(
     x: jax.Array, dtype: DType, seed: jax.Array, to_nearest: jax.Array | np.bool_
 ) -> jax.Array:
@@ -62,6 +65,14 @@ def round_stochastically(
         return lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), dtype)
     rounded = lax.bitcast_convert_type(words & np.uint32(2**32 - 2**dropped), jnp.float32)
     return jnp.copysign(rounded - shift, x).astype(dtype)
+
+
+@round_stochastically.defjvp
+def _(
+    dtype: DType, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    x, seed, to_nearest = primals
+    return round_stochastically(x, dtype, seed, to_nearest), tangents[0].astype(dtype)  # as a cast
 
 
 def _random_bits(x: jax.Array, seed: jax.Array) -> jax.Array:
