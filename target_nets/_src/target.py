@@ -50,10 +50,10 @@ class Target(Generic[P]):
         """The slow copy, with the structure, shapes and dtypes of the parameters it was made from.
 
         nnx objects come back as they were, with types and metadata, each time in new Variables. Leaves
-        that are stored in another dtype, or together with a rounding error, are converted on reading,
-        in one compiled call. The others may be the target's own arrays. To continue training from them, copy them: your train step may donate them,
-        and with `donate=True` the next update does. An abstract target, from `jax.eval_shape`, has
-        abstract parameters.
+        that are stored in another dtype, or together with a rounding error, are converted on reading, in
+        one compiled call. The others may be the target's own arrays. To continue training from them,
+        copy them: your train step may donate them, and with `donate=True` the next update does. An
+        abstract target, from `jax.eval_shape`, has abstract parameters.
 
         Example:
           >>> import jax.numpy as jnp
