@@ -32,7 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from target_nets._src.checks import count_converter, number_converter
+from target_nets._src.checks import (
+    count_converter,
+    number_converter,
+    step_size_converter,
+    warn_of_decay,
+)
 from target_nets._src.state import Schedule
 
 __all__ = [
@@ -76,7 +81,7 @@ class cosine:
       [0.004, 0.002, 0.0, 0.0]
     """
 
-    base_step_size: float = attrs.field(converter=number_converter("base_step_size", 0, 1))
+    base_step_size: float = attrs.field(converter=step_size_converter("base_step_size"))
     total_steps: int = attrs.field(converter=count_converter("total_steps"))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
@@ -88,7 +93,9 @@ class cosine:
 
 def _number_or_schedule(then: float | Schedule) -> float | Schedule:
     if not callable(then):
-        return number_converter("then", 0, 1)(then)
+        step_size = number_converter("then", 0, 1)(then)
+        warn_of_decay("then", step_size)
+        return step_size
     try:
         hash(then)
     except TypeError:
@@ -157,7 +164,7 @@ class inverse_power:
 
     inv_gamma: float = attrs.field(default=1.0, converter=number_converter("inv_gamma", 1e-30, 1e30))
     power: float = attrs.field(default=2 / 3, converter=number_converter("power", 0, 1e30))
-    min_step_size: float = attrs.field(default=1e-4, converter=number_converter("min_step_size", 0, 1))
+    min_step_size: float = attrs.field(default=1e-4, converter=step_size_converter("min_step_size"))
     max_step_size: float = attrs.field(default=1.0, converter=number_converter("max_step_size", 0, 1))
 
     def __attrs_post_init__(self) -> None:
@@ -191,7 +198,7 @@ class ramp:
       [0.9, 0.1, 0.01]
     """
 
-    min_step_size: float = attrs.field(converter=number_converter("min_step_size", 0, 1))
+    min_step_size: float = attrs.field(converter=step_size_converter("min_step_size"))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """Returns the step size of the averaging after n others."""
@@ -243,7 +250,7 @@ class bias_corrected:
       [1.0, 0.5263, 0.1535, 0.1]
     """
 
-    step_size: float = attrs.field(converter=number_converter("step_size", 1e-30, 1))
+    step_size: float = attrs.field(converter=step_size_converter("step_size", 1e-30))
 
     def __call__(self, n: ArrayLike) -> jax.Array:
         """Returns the step size of the averaging after n others."""

@@ -15,7 +15,7 @@ from helpers.comparisons import assert_same
 from helpers.targets import MAKERS, jitted_update, make_makers
 from helpers.trees import perturb
 
-from target_nets import EMATarget, PeriodicTarget, incremental_update
+from target_nets import EMATarget, PeriodicTarget, incremental_update, schedules
 
 PARAMS = {"a": {"w": jnp.zeros((3, 1)), "b": jnp.zeros(())}, "c": [jnp.arange(3), None]}
 ONLINE_PARAMS = perturb(PARAMS)
@@ -282,6 +282,11 @@ SETTINGS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"mask\['a'\]: .* got int",
     ),
     "mask of strings": (lambda: EMATarget(PARAMS, 0.1, mask="a"), TypeError, "mask: .* got str"),
+    "mask of a class": (
+        lambda: EMATarget(PARAMS, 0.1, mask=nnx.Param),
+        TypeError,
+        "mask: expected booleans, or a function .*, got <class '.*Param'>",
+    ),
     "mask that returns None": (
         lambda: EMATarget(PARAMS, 0.1, mask=lambda p: None),
         ValueError,
@@ -485,8 +490,15 @@ def test_a_name_from_elsewhere_is_answered_with_the_line_to_write(
 @pytest.mark.parametrize("decay", [0.9, 0.995, np.float32(0.99), 0.9999])
 def test_a_decay_in_place_of_a_step_size_warns(decay: Any) -> None:
     target = EMATarget(PARAMS, 0.5)
-    for make in (lambda: EMATarget(PARAMS, decay), lambda: setattr(target, "step_size", decay)):
-        with pytest.warns(UserWarning, match="A decay of .* is step_size=0") as caught:
+    for make in (
+        lambda: EMATarget(PARAMS, decay),
+        lambda: setattr(target, "step_size", decay),
+        lambda: schedules.cosine(decay, 100),
+        lambda: schedules.bias_corrected(decay),
+        lambda: schedules.ramp(decay),
+        lambda: schedules.delayed(100, decay),
+    ):
+        with pytest.warns(UserWarning, match="A decay of .* is (.*step_size|then)=0") as caught:
             make()
         assert caught[0].filename == __file__
     for right in (0.89, 1, 1.0, jnp.float32(0.995)):

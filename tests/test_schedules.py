@@ -284,6 +284,7 @@ def test_invalid_settings(case: str) -> None:
 
 @hypothesis_settings(deadline=None)
 @given(st.floats(1e-30, 1))
+@pytest.mark.filterwarnings("ignore:.*A decay of")
 def test_a_bias_corrected_average_begins_with_a_copy(step_size: float) -> None:
     assert schedules.bias_corrected(step_size)(0) == 1
 

@@ -66,7 +66,7 @@ def test_a_value_is_rounded_up_with_the_right_probability(dtype: str, power: int
             assert abs(up.mean() - part) < 5 * np.sqrt(part * (1 - part) / size)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(DTYPES), st.floats(-200, 200, width=16), st.sampled_from([0, 0.005, 0.3, 0.7, 1]))
 def test_a_constant_value_and_both_ends_are_exact(dtype: str, value: float, step_size: float) -> None:
     constant = jnp.full(8, value).astype(dtype)
@@ -162,7 +162,7 @@ def test_it_goes_with_the_other_settings(settings: Any) -> None:
     assert_same(target.params, plain.params)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_its_derivative_is_that_of_the_average(dtype: str) -> None:
     target = make({"w": jnp.ones(3)}, jnp.float32(0.25), dtype)
 

@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ def check_step_size(step_size: Leaf, shape: tuple[int, ...] = ()) -> float | jax
     """Returns a jax array unchanged, and any other step size as a float in [0, 1].
 
     The range of a jax array is not checked. A traced one has no value yet, and reading a concrete one
-    would wait for the device. `arithmetic.order_ends` clips both.
+    would wait for the device. `arithmetic.clip_step_size` clips both.
     """
     if not _is_number(step_size, int | float):
         check_scalar("step_size", step_size, "a real scalar", Kind.INTEGER, Kind.FLOAT, shape=shape)
@@ -28,6 +29,17 @@ def check_step_size(step_size: Leaf, shape: tuple[int, ...] = ()) -> float | jax
     if not 0 <= step_size <= 1:
         raise ValueError(f"step_size: expected a number in [0, 1], got {step_size}")
     return float(step_size)
+
+
+def warn_of_decay(name: str, step_size: float) -> None:
+    """Warns a user, three calls above, whose step size is most likely a decay."""
+    if 0.9 <= step_size < 1:
+        warnings.warn(
+            f"{name}={step_size:.10g} copies almost all of the online parameters at once. A decay of "
+            f"{step_size:.10g} is {name}={1 - step_size:.10g}; for a full copy use 1",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def check_count(name: str, count: Leaf) -> int | jax.Array:
@@ -114,6 +126,17 @@ def number_converter(name: str, low: float, high: float) -> Callable[[float], fl
         if not low <= value <= high:
             raise ValueError(f"{name}: expected a number in [{low:g}, {high:.4g}], got {value}")
         return float(value)
+
+    return convert
+
+
+def step_size_converter(name: str, low: float = 0) -> Callable[[float], float]:
+    """Returns an attrs converter that takes step sizes in [low, 1]."""
+
+    def convert(value: float) -> float:
+        step_size = number_converter(name, low, 1)(value)
+        warn_of_decay(name, step_size)
+        return step_size
 
     return convert
 

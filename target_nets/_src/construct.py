@@ -1,6 +1,5 @@
 """How the constructors turn their arguments into the settings and the first state of a target."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -101,6 +100,10 @@ def first_slow_copy(params: PyTree, storage: Storage) -> SlowCopy:
 
 def resolve_mask(mask: Mask, params: PyTree, arrays: PyTree) -> tuple[bool, ...]:
     """Returns whether to average each leaf of `arrays`, which are those of `params`."""
+    if isinstance(mask, type):  # an nnx filter, most likely
+        raise TypeError(
+            f"mask: expected booleans, or a function of the parameters that returns them, got {mask}"
+        )
     if mask is None:
         mask = True
     elif callable(mask) and leaves.is_leaf(mask) and not is_nnx_object(mask):  # not a tree of booleans
@@ -136,13 +139,8 @@ def parse_step_size(
     if shape and isinstance(step_size, np.ndarray):
         step_size = jnp.asarray(step_size)
     checked = checks.check_step_size(step_size, shape)
-    if isinstance(checked, float) and 0.9 <= checked < 1:
-        warnings.warn(
-            f"step_size={checked:.10g} copies almost all of the online parameters at once. A decay of "
-            f"{checked:.10g} is step_size={1 - checked:.10g}; for a full copy use 1",
-            UserWarning,
-            stacklevel=3,
-        )
+    if isinstance(checked, float):
+        checks.warn_of_decay("step_size", checked)
     if isinstance(step_size, jax.Array | np.ndarray):
         array = jnp.array(step_size)
         # It is made strongly typed, so that assigning another one compiles nothing.
