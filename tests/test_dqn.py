@@ -147,10 +147,14 @@ def test_settings_of_another_run(
 def test_ctrl_c_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, str(PROGRAM), "--seed", "1", "--out", str(tmp_path)]
+    folder = tmp_path / "made when it starts"
+    settings = ("--seed", 1, "--target", "none")  # which is never solved
+    command = [sys.executable, str(PROGRAM), *map(str, settings), "--out", str(folder)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        time.sleep(3)  # while it compiles
+        while not folder.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.3)  # it compiles
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -158,12 +162,12 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(
     found = re.search(r"^stopped; to go on: (.*)$", out, re.MULTILINE)
     assert found
     assert shlex.split(found[1]) == [*command, "--resume"]
-    saved = serialization.msgpack_restore(content(tmp_path))
-    assert not list(tmp_path.glob("*.tmp"))
+    saved = serialization.msgpack_restore(content(folder))
+    assert not list(folder.glob("*.tmp"))
     steps = len(saved["replay"]["reward"]) + dqn.BLOCK
-    main(monkeypatch, "--resume", "--seed", 1, "--steps", steps, "--out", tmp_path)
-    main(monkeypatch, "--seed", 1, "--steps", steps, "--out", tmp_path / "uninterrupted")
-    assert content(tmp_path) == content(tmp_path / "uninterrupted")
+    main(monkeypatch, *settings, "--resume", "--steps", steps, "--out", folder)
+    main(monkeypatch, *settings, "--steps", steps, "--out", tmp_path / "uninterrupted")
+    assert content(folder) == content(tmp_path / "uninterrupted")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
