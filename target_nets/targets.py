@@ -46,7 +46,8 @@ class EMATarget(Target[P]):
         of the target, so that `vmap` can sweep it. A schedule is a hashable callable. Its argument is
         the number of averagings before this one, a traced int32 scalar. A `jax.Array` and what a
         schedule returns are clipped to [0, 1], and nan counts as 0. In eager Python, an averaging with a
-        schedule sends one scalar to the device, which `jax.transfer_guard("disallow")` refuses. jax
+        schedule, or with an accumulator of less than 32 bits, sends one scalar to the device, which
+        `jax.transfer_guard("disallow")` refuses. jax
         keeps a lambda, and all that it refers to, until `jax.clear_caches()`. Of those in
         `target_nets.schedules` it keeps one for all that are equal.
       update_period: Only every `update_period`-th update averages, an integer from 1 to 2**31-1.
@@ -58,9 +59,11 @@ class EMATarget(Target[P]):
         keeps its own dtype, but 8- and 16-bit floats are stored in float32. A dtype of less than 32 bits
         halves that memory, or more. Rounding to nearest would lose small increments, so such averages
         are rounded stochastically: up or down at random, without bias, with noise of a standard
-        deviation of up to sqrt(1 / (12 * step_size)) units in the last place. The random bits depend on
-        the count of averagings, the leaf and the index of the element alone. So every run of the same
-        updates gives the same bits. In a `shard_map` each device counts the elements of its own shard.
+        deviation of up to sqrt(1 / (12 * step_size)) units in the last place. Increments below 2**-25 of
+        the value are still lost, as in float32: do not use it with step sizes below 1e-4. The random
+        bits depend on the count of averagings, the leaf and the index of the element alone. So every run
+        of the same updates gives the same bits. In a `shard_map` each device counts the elements of its
+        own shard.
       compensated: Whether to store the rounding error of each average, too, which takes as much memory
         again. Then the average is right to one unit in the last place, at any step size and after any
         number of updates. It is worth the memory for float32 with step sizes below 1e-3. This holds for

@@ -482,3 +482,17 @@ def test_a_saved_dtype_fits_where_all_its_values_do(saved: str, held: str, fits:
     else:
         with pytest.raises(ValueError, match=f"params/w: expected {held}.* got {saved}"):
             serialization.from_state_dict(target, state)
+
+
+@pytest.mark.parametrize("settings", [{}, {"compensated": True}])
+def test_float64_is_not_restored_as_float32(settings: Any) -> None:
+    with jax.enable_x64(True):
+        target = EMATarget({"w": np.full(3, 1 / 3)}, 0.5, **settings)
+        saved = serialization.to_bytes(target)
+    with pytest.raises(ValueError, match=r"params/w: float64 needs jax_enable_x64"):
+        serialization.from_bytes(target, saved)
+    with pytest.raises(ValueError, match=r"\['w'\]: float64 was made with jax_enable_x64"):
+        target.update({"w": np.ones(3)})
+    if settings:
+        with pytest.raises(ValueError, match=r"\['w'\]: float64 was made with jax_enable_x64"):
+            print(target.params)

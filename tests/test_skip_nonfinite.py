@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import serialization
 from helpers.comparisons import arrays, assert_same, bits
-from helpers.targets import RUNS, through_bytes
+from helpers.targets import EVERYTHING, RUNS, harmonic, through_bytes
 from helpers.trees import MIXED, MIXED_MASK, perturb
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -208,3 +208,26 @@ def test_an_integer_that_overflows_is_skipped(accumulator: str) -> None:
     target.update({"w": jnp.array([2**20, 1])})
     assert target.skipped == 1
     np.testing.assert_array_equal(target.params["w"], np.ones(2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"compensated": True}, EVERYTHING, {"accumulator_dtype": "bfloat16"}],
+    ids=["plain", "compensated", "everything", "bfloat16"],
+)
+@pytest.mark.parametrize("step_size", [0.01, 0.8, jnp.float32(0.01), harmonic])
+def test_a_skipped_averaging_changes_no_bit(settings: Any, step_size: Any) -> None:
+    rng = np.random.default_rng(0)
+
+    def draw() -> Any:
+        return {"w": jnp.asarray(rng.standard_normal(2000), jnp.bfloat16), "tiny": jnp.full(2, 1e-40)}
+
+    target = EMATarget(draw(), step_size, **settings | {"skip_nonfinite": True})
+    for _ in range(5):
+        target.update(draw())
+    before = arrays(target.__copy__())
+    names = [path[0].name for path, _ in jax.tree.leaves_with_path(target)]
+    target.update({**draw(), "w": jnp.full(2000, jnp.nan)})
+    for name, x, y in zip(names, before, arrays(target), strict=True):
+        assert name in ("step", "skipped") or x.tobytes() == y.tobytes()
+    assert target.skipped == 1

@@ -36,6 +36,16 @@ class Weights(NamedTuple):
     is_end: jax.Array | np.bool_
     doubled: jax.Array | np.floating[Any]
 
+    def unless(self, finite: jax.Array) -> "Weights":
+        """Returns weights with which the average is exactly the old value unless `finite`."""
+        is_static = isinstance(self.old_is_near, np.bool_)
+        return Weights(
+            self.old_is_near if is_static and self.old_is_near else self.old_is_near | ~finite,
+            self.is_end | ~finite,
+            # So that no derivative comes from a value that is not finite.
+            self.doubled if is_static else jnp.where(finite, self.doubled, 0),
+        )
+
     def order(self, new: End, old: End) -> tuple[End, End]:
         """Returns the near end and the far end."""
         return choose(self.old_is_near, old, new), choose(self.old_is_near, new, old)
@@ -44,10 +54,21 @@ class Weights(NamedTuple):
 AllWeights: TypeAlias = Mapping[DType, Weights]
 
 
-def weigh(step_size: ArrayLike, pairs: Iterable[tuple[jax.Array, jax.Array]]) -> AllWeights:
-    """Returns the weights in each dtype that pairs of a new and an old leaf are combined in."""
+def weigh(
+    step_size: ArrayLike, pairs: Iterable[tuple[jax.Array, jax.Array]], finite: jax.Array | None = None
+) -> AllWeights:
+    """Returns the weights in each dtype that pairs of a new and an old leaf are combined in.
+
+    Args:
+      step_size: The step size.
+      pairs: The leaves.
+      finite: Whether to average. If it is False, each average is the old leaf. None: average.
+    """
     wide = {arithmetic_dtype(new.dtype, old.dtype) for new, old in pairs if is_inexact(old.dtype)}
-    return {dtype: _weigh(step_size, dtype) for dtype in map(real_dtype, wide)}
+    weights = {dtype: _weigh(step_size, dtype) for dtype in map(real_dtype, wide)}
+    if finite is None:
+        return weights
+    return {dtype: weight.unless(finite) for dtype, weight in weights.items()}
 
 
 def _weigh(step_size: ArrayLike, dtype: DType) -> Weights:
@@ -149,14 +170,6 @@ def cast(x: jax.Array, dtype: DType) -> jax.Array:
     if x.dtype == jnp.bfloat16 and jnp.issubdtype(dtype, jnp.inexact):
         x = lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)
-
-
-def keep_unless(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns the new leaf, or the old one unless `finite`, in a dtype that holds both."""
-    if not is_inexact(old.dtype):
-        return jnp.where(finite, copy(new, old), old)
-    dtype = arithmetic_dtype(new.dtype, old.dtype)
-    return jnp.where(finite, cast(new, dtype), cast(old, dtype))
 
 
 def all_finite(groups: Iterable[Sequence[jax.Array]]) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from target_nets._src.checks import INT32_MAX
 from target_nets._src.differences import named_children
-from target_nets._src.dtypes import Kind, holds, is_key, kind_of
+from target_nets._src.dtypes import Kind, holds, is_enabled, is_key, kind_of
 from target_nets._src.leaves import Leaf, PyTree, describe, is_leaf
 from target_nets._src.placement import copy_to_own_buffers, sharding_of
 from target_nets._src.slow_copy import SlowCopy, abstract_apart, put_together, take_apart
@@ -169,6 +169,8 @@ def _restore_leaf(leaf: Any, saved: Leaf, path: str) -> jax.Array:
     if isinstance(saved, jax.Array) and saved.dtype == leaf.dtype:
         saved = _key_data(saved)  # Orbax restores keys
     wanted = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf.dtype) else leaf
+    if not is_enabled(wanted.dtype):
+        raise ValueError(f"{path}: {wanted.dtype} needs jax_enable_x64, which is off here")
     got = saved if isinstance(saved, jax.Array) or not _is_number(saved) else np.asarray(saved)
     if type(saved) is int and kind_of(wanted.dtype) == Kind.INTEGER:
         info = jnp.iinfo(wanted.dtype)

@@ -80,7 +80,8 @@ def _random_bits(x: jax.Array, seed: jax.Array) -> jax.Array:
     # With the seed in one place, the bits of a leaf could be those of another leaf in another order.
     second = (seed ^ (seed >> 16)) * np.uint32(0x9E3779B9)
     bits = (_element_index(x) ^ seed) * np.uint32(0x7FEB352D)
-    return ((bits ^ (bits >> 15)) + second) * np.uint32(0x846CA68B)
+    bits = (bits ^ (bits >> 15)) + second
+    return (bits ^ (bits >> 13)) * np.uint32(0x846CA68B)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -127,21 +127,20 @@ def _apply_to_leaves(
     placed = zip(pairs, shardings or [None] * len(pairs), strict=True)
     pairs = [(placement.match_sharding(*pair, sharding), pair[1]) for pair, sharding in placed]
     finite = None if skipped is None else _all_finite([new for new, _ in pairs], shardings)
-    weights = arithmetic.weigh(step_size_now(plan, step_size, due_before, skipped), pairs)
+    rate = step_size_now(plan, step_size, due_before, skipped)
+    weights = arithmetic.weigh(rate, pairs, finite)
 
     # Compiled separately, so that all leaves of one shape and dtype share one trace.
     @partial(jax.jit, static_argnames="average")
     def apply(new: jax.Array, word: Word, seed: jax.Array | None, average: bool) -> Word:
         value, error = word
-        if finite is not None:  # a slow copy that is averaged with itself stays as it is
-            new = arithmetic.keep_unless(finite, new, value)
+        no_error = None if error is None else jnp.zeros_like(error)
         if not average:
-            return arithmetic.copy(new, value), None if error is None else jnp.zeros_like(error)
-        if error is None:
+            copied = arithmetic.copy(new, value)
+            return copied if finite is None else jnp.where(finite, copied, value), no_error
+        if error is None or no_error is None:
             return arithmetic.lerp(new, value, weights, seed), None
-        no_error = jnp.zeros_like(error)
-        new_error = no_error if finite is None else jnp.where(finite, no_error, error)
-        return compensated_lerp((new, new_error), (value, error), weights)
+        return compensated_lerp((new, no_error), (value, error), weights)
 
     averaged = plan.averaged if isinstance(plan.averaged, tuple) else [plan.averaged] * len(pairs)
     seeds = leaf_seeds(len(pairs), due_before) if plan.is_random else []

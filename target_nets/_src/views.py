@@ -69,7 +69,7 @@ def _next_step_size(
 
 @partial(jax.jit, static_argnames="param_dtypes")
 def _cast_params(slow: SlowCopy, param_dtypes: tuple[dtypes.DType | None, ...]) -> PyTree:
-    trees.check_enabled(slow.params, NAMES.old)
+    trees.check_enabled(slow.values(), NAMES.old)
     stored, treedef = jax.tree.flatten(slow.params)
     leaves = zip(stored, slow.words(), param_dtypes, strict=True)
     return treedef.unflatten(
