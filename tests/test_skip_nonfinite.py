@@ -220,7 +220,8 @@ def test_a_skipped_averaging_changes_no_bit(settings: Any, step_size: Any) -> No
     rng = np.random.default_rng(0)
 
     def draw() -> Any:
-        return {"w": jnp.asarray(rng.standard_normal(2000), jnp.bfloat16), "tiny": jnp.full(2, 1e-40)}
+        numbers = {"w": jnp.asarray(rng.standard_normal(2000), jnp.bfloat16), "tiny": jnp.full(2, 1e-40)}
+        return numbers | {"n": jnp.asarray(rng.integers(99)), "key": jax.random.key(rng.integers(99))}
 
     target = EMATarget(draw(), step_size, **settings | {"skip_nonfinite": True})
     for _ in range(5):

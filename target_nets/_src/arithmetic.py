@@ -105,16 +105,14 @@ def lerp(
 ) -> jax.Array:
     """Returns the linear interpolation from the old leaf to the new one, `old + step_size*(new - old)`.
 
-    Integers, booleans and PRNG keys take the new value. See `target_nets.rules.incremental_update`.
+    See `target_nets.rules.incremental_update`.
 
     Args:
       new: The online leaf.
-      old: The slow leaf.
+      old: The slow leaf, an inexact one.
       weights: The step size, in each dtype.
       seed: For an old leaf of less than 32 bits: makes the rounding of the average stochastic.
     """
-    if not is_inexact(old.dtype):
-        return copy(new, old)
     if jnp.iscomplexobj(old):
         real = lerp(jnp.real(new), jnp.real(old), weights)
         return lax.complex(real, lerp(jnp.imag(new), jnp.imag(old), weights))

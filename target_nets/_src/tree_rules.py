@@ -135,7 +135,7 @@ def _apply_to_leaves(
     def apply(new: jax.Array, word: Word, seed: jax.Array | None, average: bool) -> Word:
         value, error = word
         no_error = None if error is None else jnp.zeros_like(error)
-        if not average:
+        if not average or not dtypes.is_inexact(value.dtype):  # integers, booleans and PRNG keys
             copied = arithmetic.copy(new, value)
             return copied if finite is None else jnp.where(finite, copied, value), no_error
         if error is None or no_error is None:
