@@ -108,7 +108,7 @@ def torch_makers() -> dict[str, Any]:
     names["EMA"] = pytest.importorskip("ema_pytorch").EMA
     names["EMAModel"] = pytest.importorskip("diffusers.training_utils").EMAModel
     if not (timm := importlib.util.find_spec("timm")):
-        pytest.skip("timm is not installed")
+        pytest.skip("timm is not installed")  # an optional peer, as the three above
     path = Path(timm.submodule_search_locations[0]) / "utils" / "model_ema.py"
     exec(compile(path.read_text(), path, "exec"), names)
     return names

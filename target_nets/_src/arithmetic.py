@@ -28,7 +28,7 @@ class Weights(NamedTuple):
 
     Attributes:
       old_is_near: Whether the average is nearer to the old value than to the new one.
-      is_end: Whether the step size is 0 or 1. Then the average is the near end.
+      is_end: Whether the average is the near end itself, as at step sizes 0 and 1.
       doubled: Twice the weight of the far end, which is the step size or, exactly, one minus it.
     """
 
